@@ -1,0 +1,71 @@
+"""The operator library `edt`: one place that knows how an op is registered and differentiated.
+
+An op is a schema, a fake (shapes only), a reference in plain torch that serves every device, and,
+where native code is loaded, a kernel that the dispatcher prefers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("edt", "DEF")
+NAMES: list[str] = []  # of every op defined, in order
+
+
+def define(schema: str, *, reference: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """Define `edt::NAME(...)` and return it, bound.
+
+    Args:
+        schema: `"name(Tensor x) -> Tensor"`. Fixed arity: ops always return all they compute.
+        reference: plain torch, registered for every device.
+        fake: the same signature, returns empty outputs of the right shapes and dtypes.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    # Gradients live in the autograd.Function of the public function: the raw op has none.
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"edt::{name}", fake, lib=_LIBRARY)
+    NAMES.append(name)
+    return getattr(torch.ops.edt, name).default
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records this call: without it the raw op is called, 4 us cheaper."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def second_order() -> bool:
+    """Inside a backward: will it be differentiated again (`create_graph=True`)?
+
+    Double backward is an eager feature, so a compiled backward always takes the kernel.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def composite_backward(
+    reference: Callable, inputs: Sequence[object], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `reference(*inputs)` for every input, themselves differentiable.
+
+    `reference` returns a tensor or a tuple whose entries pair with `grads`; entries of `inputs`
+    that are no float tensors, or require no gradient, get None.
+    """
+    wanted = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
+    outputs = reference(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None]
+    found = torch.autograd.grad(
+        [output for output, _ in pairs],
+        [inputs[i] for i in wanted],
+        [grad for _, grad in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    result: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(wanted, found, strict=True):
+        result[i] = grad
+    return tuple(result)

@@ -1,0 +1,72 @@
+"""Loads the native CPU kernels, and says which backend is active and why."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import warnings
+
+import torch
+
+ISA_NAMES = ("scalar", "avx2", "avx512")
+_failure: str | None = None
+_isa: str | None = None
+
+
+def load() -> None:
+    """Load `edt_kernels._C` once; where it is missing, say so and go on with the references."""
+    global _failure, _isa
+    if os.environ.get("EDT_NATIVE") == "0":
+        _failure = "EDT_NATIVE=0 asks for the reference path"
+        return
+    try:
+        module = importlib.import_module("edt_kernels._C")
+    except ImportError as error:
+        _failure = f"edt_kernels._C is not there: {error}"
+        warnings.warn(
+            f"edt_kernels runs on its slower torch reference path ({_failure}). "
+            "Install a C++ compiler and run `EDT_NATIVE=1 pip install -e .` to see what fails.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
+    library = ctypes.CDLL(module.__file__)
+    library.edt_cpu_isa.restype = ctypes.c_char_p
+    _isa = library.edt_cpu_isa().decode()
+    wanted = os.environ.get("EDT_CPU_ISA")
+    if wanted and wanted != _isa:
+        raise RuntimeError(
+            f"EDT_CPU_ISA must name a level that this machine has, of {', '.join(ISA_NAMES)}; "
+            f"got {wanted!r}, the best here is {_isa!r}"
+        )
+
+
+def build_info() -> dict[str, object]:
+    """What serves the ops in this process, and why.
+
+    Returns:
+        A dict with `native` (are the CPU kernels loaded), `reason` (why not, or None), `cpu_isa`
+        (the instruction set in use, or None), `torch` (its version) and `ops` (per op the backend
+        that serves CPU tensors: "native" or "reference").
+
+    Example:
+        >>> import edt_kernels
+        >>> sorted(edt_kernels.build_info())
+        ['cpu_isa', 'native', 'ops', 'reason', 'torch']
+    """
+    from edt_kernels import _library
+
+    served = {
+        name: "native"
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"edt::{name}", "CPU")
+        else "reference"
+        for name in _library.NAMES
+    }
+    return {
+        "native": _failure is None,
+        "reason": _failure,
+        "cpu_isa": _isa,
+        "torch": torch.__version__,
+        "ops": served,
+    }

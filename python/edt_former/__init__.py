@@ -1,0 +1,1 @@
+"""The model layer: molecules as tokens for a frozen language model."""

@@ -1,0 +1,299 @@
+"""A molecule as arrays, or the reason why not."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import logging
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rdkit import Chem, rdBase
+from tqdm import tqdm
+
+from edt_former.chem.features import ATOM_FEATURE_SIZES, atom_features, bond_features
+
+MAX_ATOMS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Molecule:
+    """A molecule whose atoms stand in the order of its canonical SMILES.
+
+    One entry per heavy atom. A hydrogen that RDKit keeps (an isotope, a hydride, molecular
+    hydrogen) is an atom like any other.
+
+    Attributes:
+        smiles: canonical isomeric SMILES without atom-map numbers.
+        atom_features: int64 [n, 9], see `edt_former.chem.features`.
+        bond_index: int64 [2, 2E], both directions of every bond, row 0 the source and row 1 the
+            target, sorted by target, then by source.
+        bond_features: int64 [2E, 3].
+        order: int64 [n], `order[i]` is the caller's index of atom i: the index in the `Mol` that
+            was given, or in `Chem.MolFromSmiles` of the SMILES that was given.
+
+    >>> ethanol = read_molecule("OCC")
+    >>> ethanol.smiles, ethanol.elements.tolist(), ethanol.order.tolist()
+    ('CCO', [6, 6, 8], [2, 1, 0])
+    """
+
+    smiles: str
+    atom_features: np.ndarray
+    bond_index: np.ndarray
+    bond_features: np.ndarray
+    order: np.ndarray
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of atoms n."""
+        return len(self.atom_features)
+
+    @property
+    def elements(self) -> np.ndarray:
+        """Atomic numbers, int64 [n]; 0 for a wildcard."""
+        return (self.atom_features[:, 0] + 1) % ATOM_FEATURE_SIZES[0]
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """What could not be read, and why."""
+
+    source: str
+    reason: str
+
+
+def read_molecule(source: str | Chem.Mol, *, max_atoms: int = MAX_ATOMS) -> Molecule | Invalid:
+    """Reads a SMILES string or an RDKit `Mol`; bad chemistry gives an `Invalid`, never an exception.
+
+    The `Mol` is left as it is. White space around a SMILES is ignored. Explicit hydrogens are
+    folded into their heavy atoms wherever RDKit would fold them.
+
+    >>> read_molecule("C1CC")
+    Invalid(source='C1CC', reason='unclosed ring')
+    >>> read_molecule("CC(C)(C)(C)C").reason
+    'Explicit valence for atom # 1 C, 5, is greater than permitted'
+    """
+    try:
+        with rdBase.BlockLogs():
+            mol, order = _parse(source)
+            return _canonical(mol, order, max_atoms)
+    except (ValueError, RuntimeError) as error:
+        return Invalid(_describe(source), str(error))
+
+
+def read_molecules(
+    sources: Iterable[str | Chem.Mol], *, progress: bool = False, max_atoms: int = MAX_ATOMS
+) -> list[Molecule | Invalid]:
+    """`read_molecule` for each source, in the same order; `progress` shows a bar.
+
+    >>> [type(item).__name__ for item in read_molecules(["CCO", "nonsense"])]
+    ['Molecule', 'Invalid']
+    """
+    bar = tqdm(sources, desc="reading molecules", unit="mol", disable=not progress)
+    return [read_molecule(source, max_atoms=max_atoms) for source in bar]
+
+
+def read_selfies(source: str, *, max_atoms: int = MAX_ATOMS) -> Molecule | Invalid:
+    """Reads a SELFIES string (arXiv:1905.13741); needs the `selfies` package.
+
+    `order` refers to the atoms of the SMILES that `selfies` decodes to.
+
+    Raises:
+        ImportError: `selfies` is not installed.
+    """
+    try:
+        import selfies
+    except ImportError as error:
+        message = "reading SELFIES needs the selfies package: pip install selfies"
+        raise ImportError(message) from error
+    if not isinstance(source, str):
+        return Invalid(_describe(source), f"must be a SELFIES string, got {type(source).__name__}")
+    try:
+        smiles = selfies.decoder(source.strip())
+    except selfies.DecoderError as error:
+        return Invalid(source, " ".join(str(error).split()))
+    molecule = read_molecule(smiles, max_atoms=max_atoms)
+    return molecule if isinstance(molecule, Molecule) else Invalid(source, molecule.reason)
+
+
+def rdkit_mol(molecule: Molecule) -> Chem.Mol:
+    """The RDKit molecule whose atom i is atom i of `molecule`.
+
+    >>> [atom.GetSymbol() for atom in rdkit_mol(read_molecule("OCC")).GetAtoms()]
+    ['C', 'C', 'O']
+    """
+    with rdBase.BlockLogs():
+        return Chem.MolFromSmiles(molecule.smiles)
+
+
+def _parse(source: str | Chem.Mol) -> tuple[Chem.Mol, np.ndarray]:
+    """A sanitised molecule without explicit hydrogens, and the caller's index of each atom."""
+    if isinstance(source, Chem.Mol):
+        return _fold_hydrogens(source)
+    if not isinstance(source, str):
+        raise ValueError(f"must be a SMILES string or an RDKit Mol, got {type(source).__name__}")
+    text = source.strip()
+    if not text:
+        raise ValueError("empty SMILES")
+    _, space, rest = text.partition(" ")
+    if len(text.split()) > 1 and not (space and rest.lstrip().startswith("|")):
+        raise ValueError("white space inside the SMILES")
+    if not text.isascii() or "\0" in text:
+        raise ValueError("a SMILES holds ASCII characters only")
+    mol = Chem.MolFromSmiles(text)
+    if mol is None:
+        raise ValueError(_parse_error(text))
+    return mol, np.arange(mol.GetNumAtoms())
+
+
+def _fold_hydrogens(mol: Chem.Mol) -> tuple[Chem.Mol, np.ndarray]:
+    mol = Chem.Mol(mol)
+    for atom in mol.GetAtoms():
+        atom.SetIntProp("_callerIndex", atom.GetIdx())
+    mol = Chem.RemoveHs(mol)
+    order = [atom.GetIntProp("_callerIndex") for atom in mol.GetAtoms()]
+    return mol, np.array(order, dtype=np.int64)
+
+
+def _canonical(mol: Chem.Mol, order: np.ndarray, max_atoms: int) -> Molecule:
+    if mol.GetNumAtoms() > max_atoms:
+        raise ValueError(f"{mol.GetNumAtoms()} atoms, more than max_atoms={max_atoms}")
+    for atom in mol.GetAtoms():
+        if atom.GetAtomMapNum():
+            atom.SetAtomMapNum(0)
+    smiles = Chem.MolToSmiles(mol)
+    order = order[_output_order(mol)]
+
+    # Tags of chirality depend on the order of atoms, so the features are those of the canonical
+    # SMILES itself, whatever the molecule was written as.
+    twin = Chem.MolFromSmiles(smiles)
+    if twin is None:
+        raise ValueError(f"RDKit writes the molecule as {smiles} but cannot read that")
+    if twin.GetNumAtoms() < mol.GetNumAtoms():
+        # A hydrogen that only marked the side of a double bond goes when the mark does.
+        twin, kept = _fold_hydrogens(Chem.MolFromSmiles(smiles, _KEEP_HYDROGENS))
+        return _canonical(twin, order[kept], max_atoms)
+    return Molecule(smiles, atom_features(twin), *bond_features(twin), order)
+
+
+_KEEP_HYDROGENS = Chem.SmilesParserParams()
+_KEEP_HYDROGENS.removeHs = False
+
+
+def _output_order(mol: Chem.Mol) -> np.ndarray:
+    written = mol.GetPropsAsDict(includePrivate=True, includeComputed=True)
+    return np.array(list(written["_smilesAtomOutputOrder"]), dtype=np.int64)
+
+
+def _describe(source: object) -> str:
+    if isinstance(source, str):
+        return source
+    if isinstance(source, Chem.Mol):
+        try:
+            return Chem.MolToSmiles(source)
+        except (ValueError, RuntimeError):
+            return "Mol"
+    return repr(source)
+
+
+class _ErrorLines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+_log_lock = threading.Lock()
+
+
+def _parse_error(smiles: str) -> str:
+    """RDKit's own words on why it cannot parse `smiles`."""
+    logger, handler = logging.getLogger("rdkit"), _ErrorLines()
+    with _log_lock:
+        handlers, logger.handlers = logger.handlers, [handler]
+        enabled = "rdApp.error:enabled" in rdBase.LogStatus()
+        rdBase.LogToPythonLogger()
+        rdBase.EnableLog("rdApp.error")
+        try:
+            Chem.MolFromSmiles(smiles)
+        finally:
+            if not enabled:
+                rdBase.DisableLog("rdApp.error")
+            rdBase.LogToCppStreams()
+            logger.handlers = handlers
+    lines = [line.strip() for text in handler.lines for line in text.splitlines()]
+    if not lines:
+        return "RDKit cannot parse the SMILES"
+    reason = re.sub(r"^\[[\d:]+\]\s*", "", lines[0]).removeprefix("SMILES Parse Error: ")
+    reason = re.sub(r"\s+(while parsing: |for input: ).*$", "", reason)
+    position = re.search(r"around position (\d+)", " ".join(lines))
+    where = f" at position {position[1]}" if position else ""
+    return " ".join(reason.split()) + where
+
+
+_SMILES_COLUMNS = ("smiles", "canonical_smiles", "isomeric_smiles", "canonicalsmiles", "mol")
+_NAME_COLUMNS = ("name", "mol_id", "molecule_name", "compound_name", "title", "cid", "id")
+
+
+def read_file(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yields (name, SMILES) of a file, the name empty where there is none.
+
+    `.smi` and `.txt` hold a SMILES and optionally a name per line; `.csv` and `.tsv` hold a header
+    with a SMILES column (`smiles`, `canonical_smiles`, ..., in any case) and optionally a name
+    column. Each may be compressed (`.gz`). Blank lines are skipped; doubled backslashes, which
+    some public tables have, become single ones. The SMILES are not checked here.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the suffix is none of these, or no column holds SMILES.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    readers = {".smi": _lines, ".txt": _lines, ".csv": _table, ".tsv": _table}
+    if suffix.lower() not in readers:
+        raise ValueError(f"path must end in .smi, .txt, .csv or .tsv (or .gz), got {path}")
+    return readers[suffix.lower()](path, "\t" if suffix.lower() == ".tsv" else ",")
+
+
+def _open(path: Path) -> io.TextIOBase:
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
+
+
+def _lines(path: Path, _: str) -> Iterator[tuple[str, str]]:
+    with _open(path) as file:
+        for line in file:
+            smiles, _, name = line.strip().replace("\t", " ").partition(" ")
+            if smiles:
+                yield name.strip(), _single_backslashes(smiles)
+
+
+def _table(path: Path, delimiter: str) -> Iterator[tuple[str, str]]:
+    with _open(path) as file:
+        rows = csv.reader(file, delimiter=delimiter)
+        header = next(rows, [])
+        columns = {name.strip().lower(): i for i, name in reversed(list(enumerate(header)))}
+        smiles_column = next((columns[n] for n in _SMILES_COLUMNS if n in columns), None)
+        name_column = next((columns[n] for n in _NAME_COLUMNS if n in columns), None)
+        if smiles_column is None:
+            raise ValueError(f"{path} has no SMILES column; its columns are {', '.join(header)}")
+        for row in rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            smiles = row[smiles_column].strip() if smiles_column < len(row) else ""
+            named = name_column is not None and name_column < len(row)
+            name = row[name_column].strip() if named else ""
+            yield name, _single_backslashes(smiles)
+
+
+def _single_backslashes(smiles: str) -> str:
+    return smiles.replace("\\\\", "\\")

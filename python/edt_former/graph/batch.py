@@ -1,0 +1,97 @@
+"""Molecules packed end to end, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class MoleculeArrays(Protocol):
+    """What `GraphBatch.pack` reads of a molecule, all numpy int64."""
+
+    atom_features: object  # [n, F]
+    bond_index: object  # [2, 2E], sorted by target
+    bond_features: object  # [2E, G]
+    elements: object  # [n]
+
+
+@dataclass
+class GraphBatch:
+    """B molecules with N atoms in all; bonds in both directions, sorted by target.
+
+    Attributes:
+        atom_features: int64 [N, 9].
+        bond_index: int64 [2, E2], row 0 the source and row 1 the target, indices into N.
+        bond_features: int64 [E2, 3].
+        bond_offsets: int64 [N + 1], the bonds that end in atom i are
+            `bond_offsets[i]:bond_offsets[i + 1]`.
+        offsets: int64 [B + 1], the atoms of molecule m are `offsets[m]:offsets[m + 1]`.
+        elements: int64 [N], atomic numbers, 0 for a wildcard.
+    """
+
+    atom_features: Tensor
+    bond_index: Tensor
+    bond_features: Tensor
+    bond_offsets: Tensor
+    offsets: Tensor
+    elements: Tensor
+
+    @property
+    def num_molecules(self) -> int:
+        """Number of molecules B."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of atoms N."""
+        return self.atom_features.shape[0]
+
+    def to(self, device: torch.device | str | None, non_blocking: bool = False) -> GraphBatch:
+        """The batch on another device."""
+        return GraphBatch(
+            *(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self))
+        )
+
+    @classmethod
+    def pack(cls, molecules: Sequence[MoleculeArrays]) -> GraphBatch:
+        """Packs molecules (`edt_former.chem.Molecule`); empty molecules and an empty list are legal.
+
+        >>> from edt_former.chem import read_molecules
+        >>> batch = GraphBatch.pack(read_molecules(["CO", "[Na+]", "CC"]))
+        >>> batch.offsets.tolist(), batch.bond_index.tolist(), batch.bond_offsets.tolist()
+        ([0, 2, 3, 5], [[1, 0, 4, 3], [0, 1, 3, 4]], [0, 1, 2, 2, 3, 4])
+        """
+        if not molecules:
+            return cls(*_no_atoms())
+        atom_features = _cat([m.atom_features for m in molecules])
+        bond_index = _cat([m.bond_index for m in molecules], dim=1)
+        offsets = _cumulative([len(m.atom_features) for m in molecules])
+        bonds = torch.tensor([m.bond_index.shape[1] for m in molecules])
+        bond_index += offsets[:-1].repeat_interleave(bonds)
+        incoming = torch.bincount(bond_index[1], minlength=atom_features.shape[0])
+        return cls(
+            atom_features=atom_features,
+            bond_index=bond_index,
+            bond_features=_cat([m.bond_features for m in molecules]),
+            bond_offsets=_cumulative(incoming),
+            offsets=offsets,
+            elements=_cat([m.elements for m in molecules]),
+        )
+
+
+def _cat(arrays: list, dim: int = 0) -> Tensor:
+    return torch.cat([torch.from_numpy(array) for array in arrays], dim)
+
+
+def _cumulative(lengths: Tensor | list[int]) -> Tensor:
+    lengths = torch.as_tensor(lengths)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _no_atoms() -> tuple[Tensor, ...]:
+    shapes = (0, 9), (2, 0), (0, 3), (1,), (1,), (0,)
+    return tuple(torch.zeros(shape, dtype=torch.int64) for shape in shapes)

@@ -1,0 +1,1 @@
+"""Tasks: what is asked about molecules, and how answers are judged."""

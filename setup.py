@@ -1,0 +1,46 @@
+"""Drives CMake for the native module; everything else about the package is in pyproject.toml."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+NATIVE = os.environ.get("EDT_NATIVE", "")  # 1: must build, 0: never, unset: where it can
+
+
+def torch_folder() -> Path | None:
+    """The installed torch, found by path: importing it would cost seconds."""
+    for kind in ("platlib", "purelib"):
+        folder = Path(sysconfig.get_path(kind)) / "torch"
+        if (folder / "version.py").exists():
+            return folder
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        torch = torch_folder()
+        if torch is None:
+            raise RuntimeError("the native module needs torch's headers: install torch first")
+        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        build = ROOT / self.build_temp
+        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DTORCH_FOLDER={torch}"]
+        python = sysconfig.get_path("include")
+        configure += [f"-DPYTHON_INCLUDE={python}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}"]
+        subprocess.run(configure, check=True, stdout=sys.stderr)
+        subprocess.run(["cmake", "--build", build], check=True, stdout=sys.stderr)
+
+
+native = Extension("edt_kernels._C", [], py_limited_api=True, optional=NATIVE != "1")
+setup(
+    ext_modules=[] if NATIVE == "0" else [native],
+    cmdclass={"build_ext": CMakeBuild},
+    options={} if NATIVE == "0" else {"bdist_wheel": {"py_limited_api": "cp310"}},
+)
