@@ -7,7 +7,7 @@ from rdkit import Chem
 from rdkit.Chem import BondStereo, BondType, ChiralType, HybridizationType
 
 FEATURES_ID = "ogb-9-3"
-"""Names this scheme in a config: an encoder trained on another scheme must not read these numbers."""
+"""Names this scheme in a config: an encoder trained on another must not read these numbers."""
 
 ATOM_FEATURE_SIZES = (119, 4, 12, 12, 10, 6, 6, 2, 2)
 """Element, chirality, degree, charge, hydrogens, radicals, hybridisation, aromatic, in a ring."""

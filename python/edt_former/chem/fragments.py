@@ -28,10 +28,11 @@ _QUERIES = {name: Chem.MolFromSmarts(smarts) for name, smarts in FUNCTIONAL_GROU
 
 
 def brics_fragments(molecule: Chem.Mol | Molecule) -> np.ndarray:
-    """Group id of each atom, int64 [n], after the bonds of BRICS (doi:10.1002/cmdc.200800178) are cut.
+    """Group id of each atom, int64 [n], after the bonds of BRICS are cut.
 
-    Groups are numbered by their first atom; a molecule without such a bond falls into its
-    connected components. Atoms stand in the order of the argument.
+    The rules are those of doi:10.1002/cmdc.200800178 as RDKit implements them. Groups are
+    numbered by their first atom; a molecule without such a bond falls into its connected
+    components. Atoms stand in the order of the argument.
 
     >>> brics_fragments(Chem.MolFromSmiles("CC(=O)Oc1ccccc1C(=O)O")).tolist()
     [0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3]

@@ -68,10 +68,11 @@ class Invalid:
 
 
 def read_molecule(source: str | Chem.Mol, *, max_atoms: int = MAX_ATOMS) -> Molecule | Invalid:
-    """Reads a SMILES string or an RDKit `Mol`; bad chemistry gives an `Invalid`, never an exception.
+    """Reads a SMILES string or an RDKit `Mol`; what is unreadable gives an `Invalid`.
 
-    The `Mol` is left as it is. White space around a SMILES is ignored. Explicit hydrogens are
-    folded into their heavy atoms wherever RDKit would fold them.
+    Nothing is raised for bad chemistry. The `Mol` is left as it is. White space around a SMILES
+    is ignored. Atom-map numbers are dropped. Explicit hydrogens are folded into their heavy atoms
+    wherever RDKit would fold them.
 
     >>> read_molecule("C1CC")
     Invalid(source='C1CC', reason='unclosed ring')

@@ -58,7 +58,7 @@ class GraphBatch:
 
     @classmethod
     def pack(cls, molecules: Sequence[MoleculeArrays]) -> GraphBatch:
-        """Packs molecules (`edt_former.chem.Molecule`); empty molecules and an empty list are legal.
+        """Packs `edt_former.chem.Molecule`s; empty molecules and an empty list are legal.
 
         >>> from edt_former.chem import read_molecules
         >>> batch = GraphBatch.pack(read_molecules(["CO", "[Na+]", "CC"]))

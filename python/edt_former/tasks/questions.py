@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -58,7 +59,7 @@ def _count(key: str, *synonyms: str, unasked: tuple[str, ...] = ()) -> Fact:
 def _range(key: str, edges: tuple[int, ...], *synonyms: str) -> Fact:
     answers = (
         f"below {edges[0]}",
-        *(f"{low} to {high}" for low, high in zip(edges, edges[1:], strict=False)),
+        *(f"{low} to {high}" for low, high in pairwise(edges)),
         f"above {edges[-1]}",
     )
     phrasings = (

@@ -1,0 +1,141 @@
+"""How often answers are right, by type of question, with intervals; and what guessing would give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from edt_former.tasks.questions import FACTS, QUESTION_TYPES
+
+SIZE_BIN = 5
+"""Heavy atoms per bin of the guess that knows a molecule's size."""
+
+_COLUMN = {fact.key: i for i, fact in enumerate(FACTS)}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def accuracies(
+    answered: np.ndarray, truth: np.ndarray, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Accuracy]:
+    """Accuracy of each type of question, and "macro", their mean.
+
+    Functional groups count balanced: the mean of the shares right among the molecules that have
+    the group and among those that have not, so that the constant answer gets one half. A type
+    that asks several facts averages over them. Intervals are percentiles of a bootstrap over
+    molecules, so answers about one molecule stay together.
+
+    Args:
+        answered: [M, F] index of the given answer into each `Fact.answers`, -1 where the answer
+            could not be read (counted as wrong).
+        truth: [M, F] index of the true one.
+
+    >>> truth = np.zeros((4, len(FACTS)), dtype=int)
+    >>> accuracies(truth, truth)["macro"].value
+    1.0
+    """
+    right = answered == truth
+    rng = np.random.default_rng(seed)
+    molecules = len(truth)
+    weights = rng.multinomial(molecules, np.full(molecules, 1 / molecules), size=resamples)
+    weights = np.concatenate([np.ones((1, molecules)), weights])
+
+    plain = weights @ right / weights.sum(1, keepdims=True)
+    balanced = _balanced(weights, right, truth)
+    by_type = {}
+    for name, keys in QUESTION_TYPES.items():
+        columns = [_COLUMN[key] for key in keys]
+        share = balanced if FACTS[columns[0]].kind == "group" else plain
+        by_type[name] = np.nanmean(share[:, columns], axis=1)
+    by_type["macro"] = np.mean(list(by_type.values()), axis=0)
+    return {name: _interval(samples) for name, samples in by_type.items()}
+
+
+def _balanced(weights: np.ndarray, right: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """[samples, F] mean over the two truths of the share right; one alone where one is absent."""
+    shares = []
+    for value in (0, 1):
+        members = truth == value
+        count = weights @ members
+        shares.append(np.where(count > 0, weights @ (right & members) / np.maximum(count, 1), np.nan))
+    one_alone = np.where(np.isnan(shares[0]), shares[1], shares[0])
+    return np.where(np.isnan(shares[0] + shares[1]), one_alone, (shares[0] + shares[1]) / 2)
+
+
+def _interval(samples: np.ndarray) -> Accuracy:
+    low, high = np.percentile(samples[1:], [2.5, 97.5])
+    return Accuracy(float(samples[0]), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """The best guesses that the training molecules teach: overall, by size, by token count.
+
+    Attributes:
+        constant: [F] answer ids.
+        by_size: size bin (heavy atoms // SIZE_BIN) to answer ids [F].
+        by_tokens: token count to answer ids [F].
+    """
+
+    constant: list[int]
+    by_size: dict[int, list[int]]
+    by_tokens: dict[int, list[int]]
+
+    @classmethod
+    def count(cls, truth: np.ndarray, sizes: np.ndarray, tokens: np.ndarray) -> Guesses:
+        """Best guesses over molecules with answers `truth` [M, F].
+
+        For a functional group, whose accuracy is balanced, the best guess in a bin is "yes" where
+        the bin's share of yes exceeds the overall share.
+        """
+        overall = truth.mean(0)
+        bins = sizes // SIZE_BIN
+        return cls(
+            _best(truth, overall),
+            {int(b): _best(truth[bins == b], overall) for b in np.unique(bins)},
+            {int(t): _best(truth[tokens == t], overall) for t in np.unique(tokens)},
+        )
+
+    def answers(self, sizes: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """What each guess answers for molecules of these sizes and token counts, [M, F] each."""
+        return {
+            "constant answer": np.tile(self.constant, (len(sizes), 1)),
+            "majority of the size bin": _nearest(self.by_size, sizes // SIZE_BIN),
+            "token count alone": _nearest(self.by_tokens, tokens),
+        }
+
+    def to_json(self) -> dict[str, object]:
+        """Plain lists; JSON turns the keys into strings."""
+        return {"constant": self.constant, "by_size": self.by_size, "by_tokens": self.by_tokens}
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> Guesses:
+        """What `to_json` gave."""
+        tables = ({int(k): v for k, v in data[name].items()} for name in ("by_size", "by_tokens"))
+        return cls(data["constant"], *tables)
+
+
+def _best(truth: np.ndarray, overall: np.ndarray) -> list[int]:
+    return [
+        int(column.mean() > share) if fact.kind == "group" else int(np.bincount(column).argmax())
+        for fact, column, share in zip(FACTS, truth.T, overall, strict=True)
+    ]
+
+
+def _nearest(table: dict[int, list[int]], keys: np.ndarray) -> np.ndarray:
+    """The entry of each key, or of the key nearest to it that the table has."""
+    known = np.array(sorted(table))
+    nearest = known[np.abs(known[None, :] - keys[:, None]).argmin(1)]
+    return np.array([table[int(key)] for key in nearest])

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from edt_former.chem import read_molecules
+from edt_former.graph import GraphBatch
+
+NO_ATOMS = SimpleNamespace(
+    atom_features=np.zeros((0, 9), np.int64),
+    bond_index=np.zeros((2, 0), np.int64),
+    bond_features=np.zeros((0, 3), np.int64),
+    elements=np.zeros(0, np.int64),
+)
+MOLECULES = read_molecules(["CC(=O)Oc1ccccc1C(=O)O", "[He]", "[Na+].[Cl-]", "C" * 1000, "*C"])
+
+
+@pytest.mark.parametrize(
+    "molecules",
+    [
+        pytest.param(MOLECULES, id="mixed"),
+        pytest.param([NO_ATOMS, *MOLECULES, NO_ATOMS, NO_ATOMS], id="with empty molecules"),
+        pytest.param(MOLECULES[1:2], id="one atom"),
+        pytest.param([NO_ATOMS], id="no atoms"),
+        pytest.param([], id="no molecules"),
+    ],
+)
+def test_every_molecule_is_found_again(molecules):
+    batch = GraphBatch.pack(molecules)
+    assert batch.num_molecules == len(molecules)
+    assert batch.num_atoms == sum(len(m.elements) for m in molecules) == batch.offsets[-1]
+    for m, molecule in enumerate(molecules):
+        begin, end = batch.offsets[m : m + 2].tolist()
+        bonds = slice(batch.bond_offsets[begin].item(), batch.bond_offsets[end].item())
+        np.testing.assert_array_equal(batch.atom_features[begin:end], molecule.atom_features)
+        np.testing.assert_array_equal(batch.elements[begin:end], molecule.elements)
+        np.testing.assert_array_equal(batch.bond_index[:, bonds] - begin, molecule.bond_index)
+        np.testing.assert_array_equal(batch.bond_features[bonds], molecule.bond_features)
+
+
+def test_bond_offsets_frame_the_incoming_bonds():
+    batch = GraphBatch.pack([*MOLECULES, NO_ATOMS])
+    assert batch.bond_offsets.shape == (batch.num_atoms + 1,)
+    assert batch.bond_offsets[0] == 0
+    assert batch.bond_offsets[-1] == batch.bond_index.shape[1]
+    owners = torch.repeat_interleave(torch.arange(batch.num_atoms), batch.bond_offsets.diff())
+    assert torch.equal(batch.bond_index[1], owners)
+
+
+def test_types_and_shapes():
+    for molecules in ([], [NO_ATOMS], MOLECULES):
+        batch = GraphBatch.pack(molecules)
+        tensors = vars(batch).values()
+        assert {t.dtype for t in tensors} == {torch.int64}
+        assert batch.atom_features.shape[1] == 9
+        assert batch.bond_features.shape[1] == 3
+        assert batch.bond_index.shape[0] == 2
+
+
+def test_packing_leaves_the_molecules_alone():
+    molecules = read_molecules(["CC", "CO"])
+    before = [m.bond_index.copy() for m in molecules]
+    batch = GraphBatch.pack(molecules[:1])
+    batch.bond_index += 5
+    batch.atom_features += 5
+    GraphBatch.pack(molecules)
+    for molecule, index in zip(molecules, before, strict=True):
+        np.testing.assert_array_equal(molecule.bond_index, index)
+        assert molecule.atom_features.max() < 9
+
+
+def test_to_moves_every_tensor():
+    batch = GraphBatch.pack(MOLECULES).to("meta")
+    assert {t.device.type for t in vars(batch).values()} == {"meta"}
+    assert batch.num_molecules == len(MOLECULES)
