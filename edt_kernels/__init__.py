@@ -10,8 +10,11 @@ from importlib.metadata import version
 from edt_kernels import _native
 from edt_kernels._native import build_info
 from edt_kernels.ops.entropy import entropy
+from edt_kernels.ops.entropy_patches import entropy_patches
+from edt_kernels.ops.find_patches import Patches, find_patches
+from edt_kernels.ops.linear_entropy import linear_entropy
 
 _native.load()  # after the schemas: native code only adds implementations
 
 __version__ = version("edt-kernels")
-__all__ = ["build_info", "entropy"]
+__all__ = ["Patches", "build_info", "entropy", "entropy_patches", "find_patches", "linear_entropy"]

@@ -14,20 +14,23 @@ from edt_kernels.reference.entropy import accumulation_dtype
 UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}
 
 
-def _fake(logits: Tensor) -> tuple[Tensor, Tensor]:
-    shape = logits.shape[:-1]
-    return logits.new_empty(shape), logits.new_empty(shape, dtype=accumulation_dtype(logits.dtype))
+def _fake(logits: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    row = logits.new_empty(logits.shape[:-1], dtype=accumulation_dtype(logits.dtype))
+    return row, torch.empty_like(row), torch.empty_like(row)
 
 
-def _fake_bwd(grad: Tensor, logits: Tensor, lse: Tensor) -> Tensor:
+def _fake_bwd(grad, logits, h, top, log_total, scale, offsets):
     return logits.new_empty(logits.shape)
 
 
 _entropy = define(
-    "entropy(Tensor logits) -> (Tensor, Tensor)", reference=reference.entropy, fake=_fake
+    "entropy(Tensor logits, float scale) -> (Tensor, Tensor, Tensor)",
+    reference=reference.entropy,
+    fake=_fake,
 )
-_entropy_bwd = define(
-    "entropy_bwd(Tensor grad, Tensor logits, Tensor lse) -> Tensor",
+entropy_bwd = define(
+    "entropy_bwd(Tensor grad, Tensor logits, Tensor h, Tensor top, Tensor log_total, float scale,"
+    " Tensor? offsets) -> Tensor",
     reference=reference.entropy_bwd,
     fake=_fake_bwd,
 )
@@ -35,17 +38,28 @@ _entropy_bwd = define(
 
 class _Entropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor) -> Tensor:
-        h, lse = _entropy(logits)
-        ctx.save_for_backward(logits, lse)
+    def forward(ctx, logits: Tensor, scale: float) -> Tensor:
+        h, top, log_total = _entropy(logits, scale)
+        ctx.save_for_backward(logits, h, top, log_total)
+        ctx.scale = scale
         return h
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor | None:
-        logits, lse = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None]:
+        logits, h, top, log_total = ctx.saved_tensors
         if second_order():
-            return composite_backward(reference.entropy, (logits,), (grad,))[0]
-        return _entropy_bwd(grad, logits, lse)
+            return composite_backward(reference.entropy, (logits, ctx.scale), (grad,))
+        return entropy_bwd(grad, logits, h, top, log_total, ctx.scale, None), None
+
+
+def check_logits(logits: object, unit: object) -> None:
+    """The arguments that every entropy of logits takes."""
+    _check.tensor("logits", logits)
+    _check.choice("unit", unit, tuple(UNITS))
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"logits must have shape [..., V] with V >= 1, got shape {tuple(logits.shape)}"
+        )
 
 
 def entropy(logits: Tensor, *, unit: str = "nats") -> Tensor:
@@ -59,7 +73,8 @@ def entropy(logits: Tensor, *, unit: str = "nats") -> Tensor:
         unit: "nats" or "bits".
 
     Returns:
-        H [...], in the dtype of `logits`, 0 <= H <= ln V. Differentiable twice.
+        H [...], in the dtype of `logits`, 0 <= H <= ln V. Differentiable twice. NaN for a row that
+        is no distribution: with a NaN, a +inf, or nothing but -inf.
 
     Raises:
         TypeError: `logits` is no float tensor.
@@ -73,11 +88,7 @@ def entropy(logits: Tensor, *, unit: str = "nats") -> Tensor:
         >>> edt_kernels.entropy(torch.zeros(2, 4), unit="bits")
         tensor([2., 2.])
     """
-    _check.tensor("logits", logits)
-    _check.choice("unit", unit, tuple(UNITS))
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(
-            f"logits must have shape [..., V] with V >= 1, got shape {tuple(logits.shape)}"
-        )
-    h = _Entropy.apply(logits) if needs_grad(logits) else _entropy(logits)[0]
-    return h if unit == "nats" else h * UNITS[unit]
+    check_logits(logits, unit)
+    scale = UNITS[unit]
+    h = _Entropy.apply(logits, scale) if needs_grad(logits) else _entropy(logits, scale)[0]
+    return h.to(logits.dtype)

@@ -6,29 +6,42 @@ import torch
 from torch import Tensor
 
 
-def entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy in nats and log-sum-exp of every row of `logits` [..., V]; half types in fp32.
+def entropy(logits: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`scale` times the entropy in nats of every row of `logits` [..., V]; row maxima m; and ln S.
 
-    With m the row maximum, S = sum e^(x-m) and T = sum e^(x-m) (x-m): H = ln S - T / S, which
-    loses no digits at large |x| as lse - sum p x does. A logit of -inf contributes 0.
+    With S = sum e^(x-m) and T = sum e^(x-m) (x-m): H = ln S - T / S, which loses no digits at
+    large |x| as lse - sum p x does. A logit of -inf contributes 0. Half types run in fp32.
     """
     x = logits.to(accumulation_dtype(logits.dtype))
-    m = x.detach().amax(-1, keepdim=True)
-    shifted = x - m
+    top = x.detach().amax(-1, keepdim=True)
+    shifted = x - top
     weight = shifted.exp()
     total = weight.sum(-1)
     moment = (weight * shifted.masked_fill(shifted == -torch.inf, 0)).sum(-1)
-    lse = total.log() + m.squeeze(-1)
-    return (total.log() - moment / total).to(logits.dtype), lse
+    log_total = total.log()
+    return scale * (log_total - moment / total), top.squeeze(-1), log_total
 
 
-def entropy_bwd(grad: Tensor, logits: Tensor, lse: Tensor) -> Tensor:
-    """Gradient -g p (ln p + H) of the entropy; `lse` as the forward returned it."""
-    log_p = logits.to(lse.dtype) - lse.unsqueeze(-1)
-    p = log_p.exp()
-    finite = log_p.masked_fill(log_p == -torch.inf, 0)
-    h = -(p * finite).sum(-1, keepdim=True)
-    return (-grad.to(lse.dtype).unsqueeze(-1) * p * (finite + h)).to(logits.dtype)
+def entropy_bwd(
+    grad: Tensor,
+    logits: Tensor,
+    h: Tensor,
+    top: Tensor,
+    log_total: Tensor,
+    scale: float,
+    offsets: Tensor | None,
+) -> Tensor:
+    """Gradient -g p (ln p + H) of the entropy; `h`, `top`, `log_total` as the forward gave them.
+
+    With `offsets`, rows from offsets[-1] on have gradient 0 whatever they hold.
+    """
+    log_p = logits.to(h.dtype) - top.unsqueeze(-1) - log_total.unsqueeze(-1)
+    slope = log_p.masked_fill(log_p == -torch.inf, 0) * scale + h.unsqueeze(-1)
+    dlogits = -grad.unsqueeze(-1) * log_p.exp() * slope
+    if offsets is not None:
+        row = torch.arange(logits.shape[0], device=logits.device)
+        dlogits = dlogits.masked_fill((row >= offsets[-1]).unsqueeze(-1), 0)
+    return dlogits.to(logits.dtype)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,5 +1,14 @@
 """Graphs: packed batches and the encoders that read them."""
 
 from edt_former.graph.batch import GraphBatch
+from edt_former.graph.encoder import GraphEncoder, GraphFeatures, make_encoder, register_encoder
+from edt_former.graph.gin import GIN
 
-__all__ = ["GraphBatch"]
+__all__ = [
+    "GIN",
+    "GraphBatch",
+    "GraphEncoder",
+    "GraphFeatures",
+    "make_encoder",
+    "register_encoder",
+]

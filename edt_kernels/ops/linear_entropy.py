@@ -1,0 +1,106 @@
+"""Entropy of a language model head's distribution without keeping its logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edt_kernels import _check, reference
+from edt_kernels._library import composite_backward, define, needs_grad, second_order
+from edt_kernels.ops.entropy import UNITS
+from edt_kernels.reference.entropy import accumulation_dtype
+
+
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return hidden.new_empty(hidden.shape[:-1], dtype=accumulation_dtype(hidden.dtype))
+
+
+def _fake_bwd(grad, hidden, weight, bias, scale, needed):
+    return (
+        hidden.new_empty(hidden.shape if needed[0] else (0, hidden.shape[-1])),
+        weight.new_empty(weight.shape if needed[1] else (0, hidden.shape[-1])),
+        weight.new_empty(weight.shape[0] if needed[2] else 0),
+    )
+
+
+_linear_entropy = define(
+    "linear_entropy(Tensor hidden, Tensor weight, Tensor? bias, float scale) -> Tensor",
+    reference=reference.linear_entropy,
+    fake=_fake,
+)
+_linear_entropy_bwd = define(
+    "linear_entropy_bwd(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, float scale,"
+    " bool[] needed) -> (Tensor, Tensor, Tensor)",
+    reference=reference.linear_entropy_bwd,
+    fake=_fake_bwd,
+)
+
+
+class _LinearEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.scale = scale
+        return _linear_entropy(hidden, weight, bias, scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = (*ctx.saved_tensors, ctx.scale)
+        if second_order():
+            return composite_backward(reference.linear_entropy, inputs, (grad,))
+        needed = list(ctx.needs_input_grad[:3])
+        grads = _linear_entropy_bwd(grad, *inputs, needed)
+        return *(g if n else None for g, n in zip(grads, needed, strict=True)), None
+
+
+def linear_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, unit: str = "nats"
+) -> Tensor:
+    """Entropy of softmax(hidden weight^T + bias), the logits computed by chunks and not kept.
+
+    The backward computes them again, so memory stays at a chunk of rows whatever N and V are.
+
+    Args:
+        hidden: [..., D], float32, bfloat16, float16 or float64; half types are multiplied and
+            summed in float32.
+        weight: [V, D], V >= 1, in the dtype of `hidden`.
+        bias: [V], in the dtype of `hidden`, or None.
+        unit: "nats" or "bits".
+
+    Returns:
+        H [...], in the dtype of `hidden`. Differentiable twice, in all three.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape, device or unit.
+
+    Example:
+        >>> import torch, edt_kernels
+        >>> edt_kernels.linear_entropy(torch.ones(1, 3), torch.zeros(4, 3), unit="bits")
+        tensor([2.])
+    """
+    _check_arguments(hidden, weight, bias, unit)
+    scale = UNITS[unit]
+    run = _LinearEntropy.apply if needs_grad(hidden, weight, bias) else _linear_entropy
+    return run(hidden, weight, bias, scale).to(hidden.dtype)
+
+
+def _check_arguments(hidden: object, weight: object, bias: object, unit: object) -> None:
+    _check.tensor("hidden", hidden)
+    _check.tensor("weight", weight, dims=2)
+    _check.choice("unit", unit, tuple(UNITS))
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must have shape [..., D] with D = {weight.shape[1]} as in weight [V, D], "
+            f"got shape {tuple(hidden.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape [V, D] with V >= 1, got {tuple(weight.shape)}")
+    _check.same_dtype("weight", weight, hidden)
+    _check.same_device("weight", weight, hidden)
+    if bias is not None:
+        _check.tensor("bias", bias, dims=1)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        _check.same_dtype("bias", bias, hidden)
+        _check.same_device("bias", bias, hidden)

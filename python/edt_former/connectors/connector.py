@@ -1,0 +1,79 @@
+"""What a connector is, and how one is found by name."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from edt_former.graph.encoder import GraphFeatures
+from edt_former.tokens.patches import PatchOptions
+from edt_kernels import Patches
+
+
+class MoleculeTokens(NamedTuple):
+    """Language-model tokens `values` [T, llm_width] of B molecules, cut by `offsets` [B + 1]."""
+
+    values: Tensor
+    offsets: Tensor
+
+
+class Connector(nn.Module):
+    """Turns the atom features of molecules into tokens of a language model.
+
+    Attributes:
+        config: what `make_connector` needs to build this connector again.
+        patch_options: the patches that `forward` wants (`sources` empty: none).
+    """
+
+    config: dict
+    patch_options: PatchOptions
+
+    @abstractmethod
+    def forward(self, features: GraphFeatures, patches: Mapping[str, Patches]) -> MoleculeTokens:
+        """The tokens of B molecules; `patches` by source, of the same atoms.
+
+        Patches may be at capacity or trimmed: rows beyond `offsets[-1]` of the result are tail.
+        """
+
+    @abstractmethod
+    def token_counts(
+        self, patch_counts: Mapping[str, list[int]], num_molecules: int
+    ) -> list[int]:
+        """How many tokens `forward` makes of each molecule, from its number of patches."""
+
+
+_CONNECTORS: dict[str, type[Connector]] = {}
+
+
+def register_connector(name: str) -> Callable[[type[Connector]], type[Connector]]:
+    """Class decorator: `make_connector` finds the class by `name`; it is built from a mapping."""
+
+    def register(cls: type[Connector]) -> type[Connector]:
+        _CONNECTORS[name] = cls
+        return cls
+
+    return register
+
+
+def make_connector(config: Mapping[str, object]) -> Connector:
+    """The connector that `config` describes: its `name` and its options.
+
+    Raises:
+        ValueError: no connector is registered under that name.
+        TypeError: an option that the connector does not have.
+
+    Example:
+        >>> from edt_former.connectors import make_connector
+        >>> options = {"llm_width": 8, "width": 16, "layers": 1, "heads": 2, "ffn": 16}
+        >>> make_connector({"name": "qformer", **options, "num_queries": 4}).token_counts({}, 2)
+        [4, 4]
+    """
+    options = dict(config)
+    name = options.pop("name", None)
+    if name not in _CONNECTORS:
+        known = ", ".join(map(repr, sorted(_CONNECTORS)))
+        raise ValueError(f"config['name'] must be a known connector, {known}; got {name!r}")
+    return _CONNECTORS[name](options)

@@ -1,0 +1,98 @@
+"""Patches: which atoms share a dynamic query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from edt_kernels import Patches
+
+SOURCES = ("brics", "entropy")
+"""Where patches come from, in the order in which their queries stand."""
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """Which patches a connector reads, and how entropy cuts them.
+
+    Args:
+        sources: of "brics" and "entropy", any subset; always kept in this order.
+        rule: peak rule of `edt_kernels.find_patches`, with its options `q`, `min_size`,
+            `max_size` and `max_patches`.
+
+    Example:
+        >>> PatchOptions(sources=("entropy", "brics")).sources
+        ('brics', 'entropy')
+    """
+
+    sources: tuple[str, ...] = ("entropy",)
+    rule: str = "local_max"
+    q: float = 0.75
+    min_size: int = 1
+    max_size: int | None = None
+    max_patches: int | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [source for source in self.sources if source not in SOURCES]
+        if isinstance(self.sources, str) or unknown:
+            raise ValueError(
+                f"sources must be a subset of {', '.join(map(repr, SOURCES))}, got {self.sources!r}"
+            )
+        ordered = tuple(source for source in SOURCES if source in self.sources)
+        object.__setattr__(self, "sources", ordered)
+
+    def cutting(self) -> dict[str, object]:
+        """The options that `edt_kernels.find_patches` and `entropy_patches` take."""
+        return {name: value for name, value in asdict(self).items() if name != "sources"}
+
+
+def pack_patches(ids: Sequence[Sequence[int] | Tensor]) -> Patches:
+    """Patches from one id per atom, molecule by molecule.
+
+    Atoms of a molecule with one id are one patch, wherever they stand; patches follow ascending
+    ids. The result has `order` only where some patch is no contiguous run in place.
+
+    Args:
+        ids: per molecule, the patch id of every atom: any integers, in any order, maybe none.
+
+    Example:
+        >>> patches = pack_patches([[0, 1, 1, 0], [], [7]])
+        >>> patches.order.tolist(), patches.atom_offsets.tolist(), patches.patch_offsets.tolist()
+        ([0, 3, 1, 2, 4], [0, 2, 4, 5], [0, 2, 2, 3])
+    """
+    lengths = torch.tensor([len(molecule) for molecule in ids], dtype=torch.int64)
+    molecule = torch.arange(len(ids)).repeat_interleave(lengths)
+    labels = torch.cat([torch.as_tensor(x, dtype=torch.int64) for x in ids] or [lengths])
+    pairs, patch, sizes = torch.stack([molecule, labels]).unique(
+        dim=1, return_inverse=True, return_counts=True
+    )
+    count = torch.bincount(pairs[0], minlength=len(ids))
+    order = patch.argsort(stable=True)
+    patch_offsets = _cumulative(count)
+    return Patches(
+        ids=patch - patch_offsets[molecule],
+        atom_offsets=_cumulative(sizes),
+        patch_offsets=patch_offsets,
+        count=patch_offsets[-1],
+        order=None if bool((patch.diff() >= 0).all()) else order,
+        threshold=None,
+    )
+
+
+def unpack_patches(patches: Patches, offsets: Tensor) -> list[list[int]]:
+    """The patch ids of every molecule's atoms, from 0 in each; `offsets` [B + 1] of the atoms.
+
+    Example:
+        >>> import torch
+        >>> unpack_patches(pack_patches([[3, 5, 3], [], [7]]), torch.tensor([0, 3, 3, 4]))
+        [[0, 1, 0], [], [0]]
+    """
+    ids, bounds = patches.ids.tolist(), offsets.tolist()
+    return [ids[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

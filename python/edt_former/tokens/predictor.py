@@ -1,0 +1,219 @@
+"""The next-atom predictor: how surprising is an atom, given the atoms before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import edt_kernels
+from edt_former.tokens.rows import molecule_of_rows
+
+PAD, BOS, EOS, UNKNOWN = range(4)
+NUM_ELEMENTS = 118
+VOCABULARY_SIZE = 4 + NUM_ELEMENTS
+
+
+def atom_tokens(elements: Tensor) -> Tensor:
+    """Token of every atom: 3 + its atomic number; `UNKNOWN` outside 1..118.
+
+    Example:
+        >>> import torch
+        >>> atom_tokens(torch.tensor([1, 6, 0])).tolist()
+        [4, 9, 3]
+    """
+    known = (elements >= 1) & (elements <= NUM_ELEMENTS)
+    return torch.where(known, elements + UNKNOWN, UNKNOWN)
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """Size of a next-atom predictor; `positions` is the longest sequence it is trained on."""
+
+    layers: int = 2
+    heads: int = 2
+    width: int = 128
+    positions: int = 512
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(
+                f"width must be a multiple of heads {self.heads}, got {self.width}"
+            )
+        if self.positions < 2:
+            raise ValueError(f"positions must be at least 2, got {self.positions}")
+
+
+class NextAtomPredictor(nn.Module):
+    """A small GPT-2 over the atoms of molecules, one token per heavy atom (arXiv:2602.02742).
+
+    The vocabulary is `<pad> <bos> <eos> <unk>` and the 118 elements by atomic number. A molecule
+    reads `<bos> a_1 .. a_n` and is trained to say `a_1 .. a_n <eos>`. Parameters have GPT-2's
+    names (linear weights as [out, in]); the head is tied to `wte`.
+
+    A molecule with more rows than `positions` is scored in windows that start half a window
+    apart, each read as a molecule of its own; an atom's row is that of the window which sees
+    most atoms before it.
+
+    Args:
+        config: `layers` 2, `heads` 2, `width` 128, `positions` 512 (the defaults).
+
+    Example:
+        >>> import torch
+        >>> model = NextAtomPredictor({"layers": 1, "width": 16})
+        >>> model(torch.tensor([6, 8, 6]), torch.tensor([0, 2, 3])).shape
+        torch.Size([3, 122])
+    """
+
+    def __init__(self, config: Mapping[str, int] | None = None) -> None:
+        super().__init__()
+        options = PredictorConfig(**(config or {}))
+        self.config = asdict(options)
+        self.positions = options.positions
+        self.wte = nn.Embedding(VOCABULARY_SIZE, options.width)
+        self.wpe = nn.Embedding(options.positions, options.width)
+        self.h = nn.ModuleList(_Block(options.width, options.heads) for _ in range(options.layers))
+        self.ln_f = nn.LayerNorm(options.width)
+        self._initialise()
+
+    def forward(self, elements: Tensor, offsets: Tensor, *, end: bool = False) -> Tensor:
+        """Logits of the next atom.
+
+        Args:
+            elements: int64 [N], atomic numbers.
+            offsets: [B + 1], the atoms of each molecule.
+            end: also the row that predicts the end of each molecule.
+
+        Returns:
+            [N, V]: row i predicts atom i from the atoms before it, the first from `<bos>`. With
+            `end`, [N + B, V]: molecule m has one more row, so its rows start at `offsets[m] + m`.
+
+        Raises:
+            IndexError: an offset beyond the atoms.
+        """
+        rows = offsets + torch.arange(len(offsets), device=offsets.device) if end else offsets
+        num_rows = elements.shape[0] + (len(offsets) - 1 if end else 0)
+        tokens = atom_tokens(elements)
+        if elements.shape[0] + end <= self.positions or rows.diff().max() <= self.positions:
+            hidden = self._hidden(tokens, offsets[:-1], rows, num_rows)
+        else:
+            hidden = self._windowed(tokens, offsets, rows, num_rows)
+        return F.linear(hidden, self.wte.weight)
+
+    def loss(self, elements: Tensor, offsets: Tensor) -> Tensor:
+        """Mean negative log-likelihood in nats of all atoms and ends; N must be offsets[-1]."""
+        logits = self(elements, offsets, end=True)
+        molecule = molecule_of_rows(offsets, elements.shape[0])
+        atoms = torch.arange(elements.shape[0], device=elements.device) + molecule
+        targets = torch.full(logits.shape[:1], EOS, device=logits.device)
+        return F.cross_entropy(logits, targets.index_copy(0, atoms, atom_tokens(elements)))
+
+    def entropies(self, elements: Tensor, offsets: Tensor, *, unit: str = "nats") -> Tensor:
+        """Uncertainty [N] of every atom given the atoms before it, in nats or bits."""
+        return edt_kernels.entropy(self(elements, offsets), unit=unit)
+
+    @torch.no_grad()
+    def patches(
+        self,
+        elements: Tensor,
+        offsets: Tensor,
+        *,
+        rule: str = "local_max",
+        q: float = 0.75,
+        min_size: int = 1,
+        max_size: int | None = None,
+        max_patches: int | None = None,
+    ) -> tuple[Tensor, edt_kernels.Patches]:
+        """Entropies [N] in nats, and the patches that their peaks cut (`edt_kernels`' rules)."""
+        return edt_kernels.entropy_patches(
+            self(elements, offsets),
+            offsets,
+            rule=rule,
+            q=q,
+            min_size=min_size,
+            max_size=max_size,
+            max_patches=max_patches,
+        )
+
+    def _hidden(self, tokens: Tensor, first: Tensor, offsets: Tensor, rows: int) -> Tensor:
+        """Hidden states [rows, width] of sequences `<bos> tokens[first:]` cut by `offsets`."""
+        sequence = molecule_of_rows(offsets, rows)
+        position = torch.arange(rows, device=tokens.device) - offsets[sequence]
+        before = first[sequence] + position - 1
+        inputs = tokens.new_full((rows,), BOS)
+        if tokens.shape[0]:
+            inputs = torch.where(position == 0, BOS, tokens[before.clamp(min=0)])
+        x = self.wte(inputs) + self.wpe(position.clamp(max=self.positions - 1))
+        for block in self.h:
+            x = block(x, offsets)
+        return self.ln_f(x)
+
+    def _windowed(self, tokens: Tensor, offsets: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+        """`_hidden` of the molecules in overlapping windows, each row from its best window."""
+        size, stride = self.positions, self.positions // 2
+        lengths = rows.diff()
+        count = 1 + ((lengths - size).clamp(min=0) + stride - 1) // stride
+        window_of = F.pad(count.cumsum(0), (1, 0))
+        total = int(window_of[-1])
+
+        molecule = molecule_of_rows(window_of, total)
+        start = (torch.arange(total, device=offsets.device) - window_of[molecule]) * stride
+        window_offsets = F.pad((lengths[molecule] - start).clamp(max=size).cumsum(0), (1, 0))
+        first = offsets[molecule] + start
+        hidden = self._hidden(tokens, first, window_offsets, int(window_offsets[-1]))
+
+        molecule = molecule_of_rows(rows, num_rows)
+        position = torch.arange(num_rows, device=offsets.device) - rows[molecule]
+        window = (position - size + stride).clamp(min=0) // stride
+        return hidden[window_offsets[window_of[molecule] + window] + position - window * stride]
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for block in self.h:
+            for projection in (block.attn.c_proj, block.mlp.c_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * len(self.h)))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = _CausalAttention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = _MLP(width)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x), offsets)
+        return x + self.mlp(self.ln_2(x))
+
+
+class _CausalAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return self.c_proj(
+            edt_kernels.ragged_attention(q, k, v, offsets, offsets, causal=True).flatten(1)
+        )
+
+
+class _MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
