@@ -1,7 +1,7 @@
 // Importing edt_kernels._C loads the shared object, whose static initialisers register the kernels.
 #include <Python.h>
 
-extern "C" PyObject* PyInit__C(void) {
+PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   return PyModule_Create(&definition);
 }

@@ -19,6 +19,12 @@ def tensor(name: str, value: object, *, dims: int | None = None, dtypes: tuple =
         raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
 
 
+def rows(name: str, value: Tensor) -> None:
+    """A tensor [N, ...], not a scalar."""
+    if value.dim() == 0:
+        raise ValueError(f"{name} must have shape [N, ...], got shape ()")
+
+
 def offsets(name: str, value: object, like: Tensor) -> None:
     """Offsets [B + 1], int32 or int64, on the device of `like`. Contents: see `offsets_content`."""
     tensor(name, value, dims=1, dtypes=(torch.int64, torch.int32))

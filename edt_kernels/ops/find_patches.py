@@ -11,8 +11,15 @@ from torch import Tensor
 from edt_kernels import _check, reference
 from edt_kernels._library import define
 from edt_kernels.reference.entropy import accumulation_dtype
+from edt_kernels.reference.find_patches import Rule
 
-RULES = ("local_max", "rising_edge", "published", "threshold", "monotonic")
+RULES = {
+    "local_max": Rule.LOCAL_MAX,
+    "rising_edge": Rule.RISING_EDGE,
+    "published": Rule.RISING_EDGE,
+    "threshold": Rule.THRESHOLD,
+    "monotonic": Rule.MONOTONIC,
+}
 PUBLISHED_Q = 0.75
 
 
@@ -45,7 +52,7 @@ class Patches(NamedTuple):
 class Options(NamedTuple):
     """The checked options of a cut, as the ops take them."""
 
-    rule: str
+    rule: Rule
     level: float
     min_size: int
     max_size: int | None
@@ -54,9 +61,9 @@ class Options(NamedTuple):
     def capacity(self, rows: int, molecules: int) -> int:
         """The most patches that `rows` atoms in `molecules` molecules can give."""
         most = rows
-        if self.rule in ("local_max", "rising_edge"):
+        if self.rule in (Rule.LOCAL_MAX, Rule.RISING_EDGE):
             most = torch.sym_min(most, molecules + rows // 2)
-        if self.rule == "rising_edge":
+        if self.rule == Rule.RISING_EDGE:
             # Strictly above the quantile lie at most ceil((1 - q)(L - 1)) of L atoms; rounding
             # of the rank can add one.
             share = math.ceil((1 - self.level) * 65536)
@@ -79,7 +86,7 @@ def options(
     max_patches: int | None,
 ) -> Options:
     """Check the options of a cut against each other."""
-    _check.choice("rule", rule, RULES)
+    _check.choice("rule", rule, tuple(RULES))
     if q != PUBLISHED_Q and rule != "rising_edge":
         raise ValueError(f"q belongs to rule 'rising_edge', got q={q!r} with rule {rule!r}")
     if not 0 <= q <= 1:
@@ -100,8 +107,8 @@ def options(
         raise ValueError(f"max_size must be at least min_size = {min_size}, got {max_size}")
     if max_patches is not None and max_patches < 1:
         raise ValueError(f"max_patches must be at least 1, got {max_patches}")
-    rule = "rising_edge" if rule == "published" else rule
-    return Options(rule, threshold if absolute else q, min_size, max_size, max_patches)
+    level = threshold if absolute else q
+    return Options(RULES[rule], level, min_size, max_size, max_patches)
 
 
 def empty_patches(like: Tensor, offsets: Tensor, capacity: int) -> tuple[Tensor, ...]:
@@ -119,7 +126,7 @@ def _fake(entropy, offsets, rule, level, min_size, max_size, max_patches, capaci
     return empty_patches(entropy, offsets, capacity)
 
 
-SCHEMA = "str rule, float level, int min_size, int? max_size, int? max_patches, SymInt capacity"
+SCHEMA = "int rule, float level, int min_size, int? max_size, int? max_patches, SymInt capacity"
 _find_patches = define(
     f"find_patches(Tensor entropy, Tensor offsets, {SCHEMA})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -13,7 +13,7 @@ def entropy_patches(
     logits: Tensor,
     offsets: Tensor,
     scale: float,
-    rule: str,
+    rule: int,
     level: float,
     min_size: int,
     max_size: int | None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,19 @@ from edt_kernels import _check
 from edt_kernels.reference.entropy import accumulation_dtype
 
 
+class Rule(IntEnum):
+    """Where patches open; the kernels know the rules by these numbers."""
+
+    LOCAL_MAX = 0
+    RISING_EDGE = 1
+    THRESHOLD = 2
+    MONOTONIC = 3
+
+
 def find_patches(
     entropy: Tensor,
     offsets: Tensor,
-    rule: str,
+    rule: int,
     level: float,
     min_size: int,
     max_size: int | None,
@@ -21,7 +32,7 @@ def find_patches(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(ids [N], atom_offsets [capacity + 1], patch_offsets [B + 1], count [], threshold [B]).
 
-    `level` is the quantile of "rising_edge", the threshold of "threshold" and "monotonic".
+    `level` is the quantile of `RISING_EDGE`, the threshold of `THRESHOLD` and `MONOTONIC`.
     """
     rows = entropy.shape[0]
     if offsets.device.type == "cpu":
@@ -30,17 +41,18 @@ def find_patches(
     entropy = entropy.to(accumulation_dtype(entropy.dtype))
     batch = _Rows(offsets, rows)
     threshold = entropy.new_full((offsets.shape[0] - 1,), level)
-    if rule == "rising_edge":
+    deciding = entropy
+    if rule == Rule.LOCAL_MAX:
+        threshold.fill_(torch.nan)
+        opens = _local_max(entropy, batch)
+    elif rule == Rule.RISING_EDGE:
         threshold = _quantile(entropy, offsets, batch, level)
         opens = _after_edges(entropy, threshold, batch)
         deciding = entropy.roll(1)
+    elif rule == Rule.THRESHOLD:
+        opens = (entropy > level) & batch.inside & ~batch.first
     else:
-        opens = {"local_max": _local_max, "threshold": _above, "monotonic": _jumps}[rule](
-            entropy, level, batch
-        )
-        deciding = entropy
-    if rule == "local_max":
-        threshold.fill_(torch.nan)
+        opens = (entropy - entropy.roll(1) > level) & batch.inside & ~batch.first
 
     if min_size > 1:
         opens = _keep_min_size(opens, min_size, batch)
@@ -85,7 +97,7 @@ def _after_edges(entropy: Tensor, threshold: Tensor, batch: _Rows) -> Tensor:
     return edge.roll(1) & batch.inside & ~batch.first
 
 
-def _local_max(entropy: Tensor, level: float, batch: _Rows) -> Tensor:
+def _local_max(entropy: Tensor, batch: _Rows) -> Tensor:
     """First rows of the runs of equal values whose neighbours on both sides are lower."""
     rows = batch.row.shape[0]
     molecule = torch.cat([batch.molecule, batch.molecule.new_full((1,), -1)])
@@ -96,14 +108,6 @@ def _local_max(entropy: Tensor, level: float, batch: _Rows) -> Tensor:
     lower = torch.cat([entropy, entropy.new_zeros(1)])[end] < entropy
     rises = (entropy > entropy.roll(1)) & ~batch.first
     return batch.inside & rises & (last | lower)
-
-
-def _above(entropy: Tensor, level: float, batch: _Rows) -> Tensor:
-    return (entropy > level) & batch.inside & ~batch.first
-
-
-def _jumps(entropy: Tensor, level: float, batch: _Rows) -> Tensor:
-    return (entropy - entropy.roll(1) > level) & batch.inside & ~batch.first
 
 
 def _next(mask: Tensor, none: int) -> Tensor:
@@ -133,7 +137,7 @@ def _keep_min_size(opens: Tensor, min_size: int, batch: _Rows) -> Tensor:
 def _keep_highest(
     opens: Tensor, deciding: Tensor, keep: int, offsets: Tensor, batch: _Rows
 ) -> Tensor:
-    """Per molecule the `keep` boundaries that the highest entropies decided; of equals the first."""
+    """Per molecule, the `keep` boundaries that the highest entropies decided, first of equals."""
     order = deciding.nan_to_num(-torch.inf, torch.inf, -torch.inf).argsort(
         descending=True, stable=True
     )

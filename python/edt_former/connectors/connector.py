@@ -39,9 +39,7 @@ class Connector(nn.Module):
         """
 
     @abstractmethod
-    def token_counts(
-        self, patch_counts: Mapping[str, list[int]], num_molecules: int
-    ) -> list[int]:
+    def token_counts(self, patch_counts: Mapping[str, list[int]], num_molecules: int) -> list[int]:
         """How many tokens `forward` makes of each molecule, from its number of patches."""
 
 

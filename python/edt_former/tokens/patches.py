@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from edt_kernels import Patches
+from edt_kernels import Patches, find_patches, offsets_from_lengths
 
 SOURCES = ("brics", "entropy")
 """Where patches come from, in the order in which their queries stand."""
@@ -20,8 +21,10 @@ class PatchOptions:
 
     Args:
         sources: of "brics" and "entropy", any subset; always kept in this order.
-        rule: peak rule of `edt_kernels.find_patches`, with its options `q`, `min_size`,
-            `max_size` and `max_patches`.
+        rule: of `edt_kernels.find_patches`, as all that follow.
+
+    Raises:
+        ValueError: an unknown source, or options that `find_patches` refuses.
 
     Example:
         >>> PatchOptions(sources=("entropy", "brics")).sources
@@ -31,6 +34,7 @@ class PatchOptions:
     sources: tuple[str, ...] = ("entropy",)
     rule: str = "local_max"
     q: float = 0.75
+    threshold: float | None = None
     min_size: int = 1
     max_size: int | None = None
     max_patches: int | None = None
@@ -43,6 +47,7 @@ class PatchOptions:
             )
         ordered = tuple(source for source in SOURCES if source in self.sources)
         object.__setattr__(self, "sources", ordered)
+        find_patches(torch.zeros(0), torch.zeros(1, dtype=torch.int64), **self.cutting())
 
     def cutting(self) -> dict[str, object]:
         """The options that `edt_kernels.find_patches` and `entropy_patches` take."""
@@ -66,19 +71,19 @@ def pack_patches(ids: Sequence[Sequence[int] | Tensor]) -> Patches:
     lengths = torch.tensor([len(molecule) for molecule in ids], dtype=torch.int64)
     molecule = torch.arange(len(ids)).repeat_interleave(lengths)
     labels = torch.cat([torch.as_tensor(x, dtype=torch.int64) for x in ids] or [lengths])
-    pairs, patch, sizes = torch.stack([molecule, labels]).unique(
-        dim=1, return_inverse=True, return_counts=True
+    ranks = labels.unique(return_inverse=True)[1]
+    pairs, patch, sizes = (molecule * len(labels) + ranks).unique(
+        return_inverse=True, return_counts=True
     )
-    count = torch.bincount(pairs[0], minlength=len(ids))
-    order = patch.argsort(stable=True)
-    patch_offsets = _cumulative(count)
+    count = torch.bincount(pairs // max(len(labels), 1), minlength=len(ids))
+    patch_offsets = offsets_from_lengths(count)
     return Patches(
         ids=patch - patch_offsets[molecule],
-        atom_offsets=_cumulative(sizes),
+        atom_offsets=offsets_from_lengths(sizes),
         patch_offsets=patch_offsets,
         count=patch_offsets[-1],
-        order=None if bool((patch.diff() >= 0).all()) else order,
-        threshold=None,
+        order=None if bool((patch.diff() >= 0).all()) else patch.argsort(stable=True),
+        threshold=torch.full((len(ids),), torch.nan),
     )
 
 
@@ -91,8 +96,4 @@ def unpack_patches(patches: Patches, offsets: Tensor) -> list[list[int]]:
         [[0, 1, 0], [], [0]]
     """
     ids, bounds = patches.ids.tolist(), offsets.tolist()
-    return [ids[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
-
-
-def _cumulative(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return [ids[start:stop] for start, stop in pairwise(bounds)]

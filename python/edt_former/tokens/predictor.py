@@ -41,9 +41,7 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise ValueError(
-                f"width must be a multiple of heads {self.heads}, got {self.width}"
-            )
+            raise ValueError(f"width must be a multiple of heads {self.heads}, got {self.width}")
         if self.positions < 2:
             raise ValueError(f"positions must be at least 2, got {self.positions}")
 
@@ -93,7 +91,7 @@ class NextAtomPredictor(nn.Module):
             `end`, [N + B, V]: molecule m has one more row, so its rows start at `offsets[m] + m`.
 
         Raises:
-            IndexError: an offset beyond the atoms.
+            ValueError: offsets that decrease, do not start at 0 or end beyond the atoms.
         """
         rows = offsets + torch.arange(len(offsets), device=offsets.device) if end else offsets
         num_rows = elements.shape[0] + (len(offsets) - 1 if end else 0)
@@ -107,10 +105,9 @@ class NextAtomPredictor(nn.Module):
     def loss(self, elements: Tensor, offsets: Tensor) -> Tensor:
         """Mean negative log-likelihood in nats of all atoms and ends; N must be offsets[-1]."""
         logits = self(elements, offsets, end=True)
-        molecule = molecule_of_rows(offsets, elements.shape[0])
-        atoms = torch.arange(elements.shape[0], device=elements.device) + molecule
         targets = torch.full(logits.shape[:1], EOS, device=logits.device)
-        return F.cross_entropy(logits, targets.index_copy(0, atoms, atom_tokens(elements)))
+        targets[self._rows_with_end(elements, offsets)] = atom_tokens(elements)
+        return F.cross_entropy(logits, targets)
 
     def entropies(self, elements: Tensor, offsets: Tensor, *, unit: str = "nats") -> Tensor:
         """Uncertainty [N] of every atom given the atoms before it, in nats or bits."""
@@ -118,26 +115,31 @@ class NextAtomPredictor(nn.Module):
 
     @torch.no_grad()
     def patches(
-        self,
-        elements: Tensor,
-        offsets: Tensor,
-        *,
-        rule: str = "local_max",
-        q: float = 0.75,
-        min_size: int = 1,
-        max_size: int | None = None,
-        max_patches: int | None = None,
+        self, elements: Tensor, offsets: Tensor, *, rule: str = "local_max", **cut: object
     ) -> tuple[Tensor, edt_kernels.Patches]:
-        """Entropies [N] in nats, and the patches that their peaks cut (`edt_kernels`' rules)."""
-        return edt_kernels.entropy_patches(
-            self(elements, offsets),
-            offsets,
-            rule=rule,
-            q=q,
-            min_size=min_size,
-            max_size=max_size,
-            max_patches=max_patches,
-        )
+        """Entropies [N] in nats, and the patches that they cut.
+
+        With rule "published" an atom's entropy is the uncertainty *after* it, as in the published
+        EDT-Former; otherwise the uncertainty of the atom itself.
+
+        Args:
+            elements: int64 [N], atomic numbers.
+            offsets: [B + 1], the atoms of each molecule.
+            rule: of `edt_kernels.find_patches`.
+            cut: further options of `edt_kernels.entropy_patches`: `q`, `threshold`, `min_size`,
+                `max_size`, `max_patches`, `unit`.
+        """
+        after = rule == "published"
+        logits = self(elements, offsets, end=after)
+        if after:
+            logits = logits[self._rows_with_end(elements, offsets) + 1]
+        return edt_kernels.entropy_patches(logits, offsets, rule=rule, **cut)
+
+    @staticmethod
+    def _rows_with_end(elements: Tensor, offsets: Tensor) -> Tensor:
+        """Where each atom's row [N] lies when every molecule has an end row."""
+        molecule = molecule_of_rows(offsets, elements.shape[0])
+        return torch.arange(elements.shape[0], device=elements.device) + molecule
 
     def _hidden(self, tokens: Tensor, first: Tensor, offsets: Tensor, rows: int) -> Tensor:
         """Hidden states [rows, width] of sequences `<bos> tokens[first:]` cut by `offsets`."""

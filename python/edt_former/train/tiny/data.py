@@ -19,7 +19,7 @@ from rdkit.Chem import BRICS, rdFingerprintGenerator, rdMolDescriptors
 from rdkit.Chem.Scaffolds import MurckoScaffold
 from tqdm import tqdm
 
-from edt_former.chem import Invalid, read_file, read_molecule, rdkit_mol
+from edt_former.chem import Invalid, Molecule, rdkit_mol, read_file, read_molecule
 from edt_former.graph.batch import GraphBatch
 from edt_former.tasks.heldout import HeldOut
 from edt_former.tasks.questions import FACTS, answer_ids
@@ -75,6 +75,7 @@ class MoleculeTable:
             bond_ends: [M + 1] into the bonds.
         answers: [M, len(FACTS)], see `edt_former.tasks.questions.answer_ids`.
         targets: [M, len(DESCRIPTORS) + FINGERPRINT_BITS], the graph encoder's.
+        smiles: [M] canonical SMILES.
     """
 
     atom_features: np.ndarray
@@ -84,9 +85,14 @@ class MoleculeTable:
     bond_ends: np.ndarray
     answers: np.ndarray
     targets: np.ndarray
+    smiles: np.ndarray
 
     def __len__(self) -> int:
         return len(self.answers)
+
+    def molecules(self, rows: np.ndarray) -> list[Molecule]:
+        """The molecules of `rows`, read again from their SMILES."""
+        return [read_molecule(self.smiles[row]) for row in rows]
 
     def batch(self, rows: np.ndarray) -> GraphBatch:
         """The molecules of `rows`, packed in that order."""
@@ -287,6 +293,7 @@ def _table(records: list[dict]) -> MoleculeTable:
         bond_ends=ends(m.bond_index.shape[1] for m in molecules),
         answers=np.stack([record["answers"] for record in records]),
         targets=np.stack([record["targets"] for record in records]),
+        smiles=np.array([record["smiles"] for record in records]),
     )
 
 

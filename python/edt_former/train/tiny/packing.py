@@ -55,7 +55,9 @@ class QuestionBank:
         """
         pad = tokenizer.pad_token_id
         questions = [
-            tokenizer([question_text(p) for p in fact.phrasings], add_special_tokens=False).input_ids
+            tokenizer(
+                [question_text(p) for p in fact.phrasings], add_special_tokens=False
+            ).input_ids
             for fact in facts
         ]
         answers = [tokenizer.convert_tokens_to_ids(list(answer_tokens(fact))) for fact in facts]
@@ -131,10 +133,10 @@ def pack_questions(
 ) -> PackedQuestions:
     """Lay Q questions about each of B molecules out in one sequence per molecule.
 
-    A sequence is ``<bos>``, the molecule tokens padded to the longest molecule, then Q equally long
-    blocks ``question: ... answer: key: value<eos>``. A block attends to ``<bos>``, to its molecule's
-    tokens and causally to itself, and its positions go on from the molecule's last token: its
-    logits equal those of the prompt with this question alone.
+    A sequence is ``<bos>``, the molecule tokens padded to the longest molecule, then Q equally
+    long blocks ``question: ... answer: key: value<eos>``. A block attends to ``<bos>``, to its
+    molecule's tokens and causally to itself, and its positions go on from the molecule's last
+    token: its logits equal those of the prompt with this question alone.
 
     Args:
         embedding: the language model's input embedding, ids to [..., D].

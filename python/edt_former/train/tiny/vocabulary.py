@@ -2,8 +2,8 @@
 
 A prompt is ``<bos> <mol>...<mol> question: {question} answer:`` and the model goes on with
 ``{key}: {answer}<eos>``. Keys keep their colon (``"aromatic rings:"``) and answers their spaces
-(``"0 to 1"``), so that a fact is two tokens long whatever its wording, and a molecule token can name
-it as the sum of two embeddings.
+(``"0 to 1"``), so that a fact is two tokens long whatever its wording, and a molecule token can
+name it as the sum of two embeddings.
 """
 
 from __future__ import annotations
@@ -11,24 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from string import ascii_lowercase, digits
 
-
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
+
+from edt_former.tasks.questions import Fact
 
 PAD, BOS, EOS, UNK, MOL = "<pad>", "<bos>", "<eos>", "<unk>", "<mol>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNK, MOL)
 QUESTION, ANSWER = "question:", "answer:"
 PUNCTUATION = "?.,:;!'\"()[]+-/%=<>"
 MAX_LENGTH = 1024
-
-
-class Fact(Protocol):
-    """What the vocabulary needs to know of a fact: see `edt_former.tasks.questions.Fact`."""
-
-    key: str
-    answers: Sequence[str]
-    phrasings: Sequence[str]
 
 
 def key_token(fact: Fact) -> str:
@@ -55,7 +48,7 @@ def build_vocabulary(facts: Sequence[Fact]) -> dict[str, int]:
     words = (
         word
         for fact in facts
-        for text in (fact.key, *fact.answers, *fact.phrasings)
+        for text in (fact.key, *fact.answers, *fact.phrasings, *fact.synonyms)
         for word, _ in splitter.pre_tokenize_str(text.lower())
     )
     characters = ascii_lowercase + digits
@@ -80,6 +73,10 @@ def build_tokenizer(facts: Sequence[Fact]) -> PreTrainedTokenizerFast:
 
     Words outside the vocabulary are spelled in characters; only characters outside ASCII letters,
     digits and common punctuation become ``<unk>``. Like Llama's, it puts ``<bos>`` first.
+
+    >>> from edt_former.tasks.questions import FACTS
+    >>> build_tokenizer(FACTS).tokenize("How many rings? answer: rings: 3<eos>")
+    ['how', 'many', 'rings', '?', 'answer:', 'rings:', '3', '<eos>']
     """
     vocabulary = build_vocabulary(facts)
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=UNK))
@@ -100,7 +97,9 @@ def build_tokenizer(facts: Sequence[Fact]) -> PreTrainedTokenizerFast:
         )
         if len(_splitter().pre_tokenize_str(token)) > 1
     )
-    tokenizer.add_tokens([AddedToken(phrase, single_word=True, normalized=True) for phrase in phrases])
+    tokenizer.add_tokens(
+        [AddedToken(phrase, single_word=True, normalized=True) for phrase in phrases]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -1,0 +1,64 @@
+"""`edt describe`: ask about one molecule."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "describe",
+        help="ask about one molecule",
+        description="Ask the shipped model about one molecule, and compare with RDKit.",
+        epilog='example: edt describe "CN1C=NC2=C1C(=O)N(C(=O)N2C)C" --ask "How many rings?"',
+    )
+    parser.add_argument("smiles", metavar="SMILES", help="the molecule")
+    parser.add_argument(
+        "--ask",
+        action="append",
+        metavar="QUESTION",
+        help="a question, may be repeated; without one, all that the model knows are asked",
+    )
+    parser.add_argument("--connector", default="edt_former", help="edt_former (default), qformer_32")
+    parser.add_argument("--model", metavar="DIR", help="a saved MoleculeLM instead of the shipped one")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the molecule's size and the answers."""
+    from edt_former.chem import Invalid, read_molecule
+    from edt_former.report.table import table
+    from edt_former.shipped import load
+    from edt_former.tasks.questions import FACTS, facts, match_question, parse_answer
+
+    molecule = read_molecule(args.smiles)
+    if isinstance(molecule, Invalid):
+        raise ValueError(f"SMILES {molecule.source!r} cannot be read: {molecule.reason}")
+    model, processor = load(args.connector, folder=args.model)
+    questions = args.ask or [fact.phrasings[0] for fact in FACTS]
+    answers = model.answer([molecule] * len(questions), questions, processor=processor)
+    truth = facts(molecule)
+    tokens = processor.token_counts([molecule])[0]
+    rows = []
+    for question, answer in zip(questions, answers, strict=True):
+        key = match_question(question)
+        said = parse_answer(answer)
+        value = said[1] if said and said[0] == key else answer
+        rows.append((question, value, truth[key] if key else "-"))
+        if key is None and args.model is None:
+            print(
+                f"note: {question!r} is none of the {len(FACTS)} things the shipped model was "
+                "taught to tell; do not rely on its answer",
+                file=sys.stderr,
+            )
+    if args.json:
+        answered = [dict(zip(("question", "answer", "rdkit"), row, strict=True)) for row in rows]
+        size = {"smiles": molecule.smiles, "heavy_atoms": molecule.num_atoms, "tokens": tokens}
+        print(json.dumps({**size, "answers": answered}, indent=1))
+        return 0
+    print(f"{molecule.smiles}\n{molecule.num_atoms} heavy atoms, {tokens} tokens in the prompt\n")
+    print(table(["question", "answer", "RDKit"], rows))
+    return 0

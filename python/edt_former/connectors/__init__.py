@@ -1,0 +1,22 @@
+"""Connectors: atom features in, tokens of a language model out."""
+
+from edt_former.connectors.connector import (
+    Connector,
+    MoleculeTokens,
+    make_connector,
+    register_connector,
+)
+from edt_former.connectors.edt_former import EDTFormer, EDTFormerConfig
+from edt_former.connectors.qformer import QFormer, QFormerConfig, QueryTransformer
+
+__all__ = [
+    "Connector",
+    "EDTFormer",
+    "EDTFormerConfig",
+    "MoleculeTokens",
+    "QFormer",
+    "QFormerConfig",
+    "QueryTransformer",
+    "make_connector",
+    "register_connector",
+]

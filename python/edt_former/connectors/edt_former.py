@@ -1,0 +1,133 @@
+"""EDT-Former: learned anchors, and a dynamic query for every patch of the molecule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import edt_kernels
+from edt_former.connectors.connector import register_connector
+from edt_former.connectors.qformer import QFormer, QFormerConfig, Rows
+from edt_former.graph.encoder import GraphFeatures
+from edt_former.tokens.patches import PatchOptions
+from edt_former.tokens.rows import molecule_of_rows
+from edt_kernels import Patches
+
+REDUCTIONS = ("mean", "sum", "max", "min")
+
+
+@dataclass(frozen=True)
+class EDTFormerConfig(QFormerConfig):
+    """Options of EDT-Former: those of `QFormerConfig`, and how patches become queries.
+
+    Args:
+        patches: `PatchOptions`, or a mapping of its fields.
+        patch_reduce: "mean", "sum", "max" or "min" of a patch's atoms.
+        max_dynamic: most dynamic queries of a molecule, the first in order; None for all.
+    """
+
+    cross_attention_freq: int = 1
+    patches: PatchOptions = field(default_factory=PatchOptions)
+    patch_reduce: str = "mean"
+    max_dynamic: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.patches, Mapping):
+            object.__setattr__(self, "patches", PatchOptions(**self.patches))
+        if self.patch_reduce not in REDUCTIONS:
+            raise ValueError(
+                f"patch_reduce must be one of {', '.join(map(repr, REDUCTIONS))}, "
+                f"got {self.patch_reduce!r}"
+            )
+        if self.max_dynamic is not None and self.max_dynamic < 0:
+            raise ValueError(f"max_dynamic must be at least 0, got {self.max_dynamic}")
+
+
+@register_connector("edt_former")
+class EDTFormer(QFormer):
+    """Queries [anchors; BRICS patches; entropy patches] read the atoms (arXiv:2602.02742).
+
+    A dynamic query is Linear(mean of the normalised atoms of its patch). A molecule has exactly
+    as many as it has patches, of the sources that `patches` names: no padding, no limit unless
+    `max_dynamic` sets one.
+
+    Args:
+        config: options of `EDTFormerConfig`, `llm_width` at least.
+
+    Example:
+        >>> import torch
+        >>> from edt_former.graph import GraphFeatures
+        >>> from edt_former.tokens import pack_patches
+        >>> size = {"width": 16, "layers": 2, "heads": 2, "ffn": 32, "num_queries": 4}
+        >>> model = EDTFormer({"llm_width": 8, **size})
+        >>> atoms = GraphFeatures(torch.zeros(3, 300), torch.tensor([0, 2, 3]))
+        >>> model(atoms, {"entropy": pack_patches([[0, 1], [0]])}).offsets
+        tensor([ 0,  6, 11])
+        >>> model.token_counts({"entropy": [2, 1]}, 2)
+        [6, 5]
+    """
+
+    name = "edt_former"
+    Config = EDTFormerConfig
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        super().__init__(config)
+        self.patch_options = self.options.patches
+        self.config["patches"]["sources"] = list(self.patch_options.sources)
+        self.local_q_proj = nn.Linear(self.options.encoder_width, self.options.width)
+        nn.init.normal_(self.local_q_proj.weight, std=0.02)
+        nn.init.zeros_(self.local_q_proj.bias)
+
+    def queries(self, features: GraphFeatures, patches: Mapping[str, Patches]) -> Rows:
+        """Anchors, then the dynamic queries of every source."""
+        wanted = [_source(patches, name) for name in self.patch_options.sources]
+        if not wanted:
+            return super().queries(features, patches)
+        atoms = self.ln_graph(features.values)
+        pooled = [
+            edt_kernels.segment_pool(
+                atoms, source.atom_offsets, order=source.order, reduce=self.options.patch_reduce
+            )
+            for source in wanted
+        ]
+        dynamic = Rows(*edt_kernels.ragged_cat(pooled, [source.patch_offsets for source in wanted]))
+        if self.options.max_dynamic is not None:
+            dynamic = _first(dynamic, self.options.max_dynamic)
+        queries = self.local_q_proj(dynamic.values).to(self.query_tokens.dtype)
+        return Rows(
+            *edt_kernels.ragged_cat([self.query_tokens[0], queries], [None, dynamic.offsets])
+        )
+
+    def token_counts(self, patch_counts: Mapping[str, list[int]], num_molecules: int) -> list[int]:
+        """`num_queries`, and the patches of every source (at most `max_dynamic`)."""
+        counts = [0] * num_molecules
+        for name in self.patch_options.sources:
+            counts = [a + b for a, b in zip(counts, _source(patch_counts, name), strict=True)]
+        limit = self.options.max_dynamic
+        if limit is not None:
+            counts = [min(count, limit) for count in counts]
+        return [self.options.num_queries + count for count in counts]
+
+
+def _source(patches: Mapping[str, object], name: str) -> object:
+    if name not in patches:
+        raise ValueError(
+            f"patches must have the source {name!r} that the connector reads, "
+            f"got {', '.join(map(repr, patches)) or 'none'}"
+        )
+    return patches[name]
+
+
+def _first(rows: Rows, limit: int) -> Rows:
+    """The first `limit` rows of every molecule, at a capacity that needs no look at the counts."""
+    lengths = rows.offsets.diff().clamp(max=limit)
+    offsets = torch.cat([rows.offsets[:1], lengths.cumsum(0)])
+    capacity = min(rows.values.shape[0], limit * lengths.shape[0])
+    molecule = molecule_of_rows(offsets, capacity)
+    shift = (rows.offsets - offsets)[molecule]
+    index = torch.arange(capacity, device=offsets.device) + shift
+    return Rows(rows.values[index.clamp(max=rows.values.shape[0] - 1)], offsets)

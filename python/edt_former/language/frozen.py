@@ -1,0 +1,184 @@
+"""Parts that stay as they are: how their weights are told apart, stored and read back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def content_hash(tensors: Iterable[tuple[str, Tensor]], *, without: Collection[str] = ()) -> str:
+    """SHA-256 of the names, shapes and values of tensors.
+
+    Floating-point values are hashed in float32, so a bfloat16 file and the float32 module that was
+    read from it have one hash. The order of the tensors does not matter.
+
+    Args:
+        tensors: pairs of name and value.
+        without: names to leave out.
+
+    Example:
+        >>> import torch
+        >>> weights = {"a": torch.ones(2), "b": torch.zeros(1)}
+        >>> halves = {name: x.bfloat16() for name, x in reversed(weights.items())}
+        >>> content_hash(weights.items()) == content_hash(halves.items())
+        True
+    """
+    digests = {}
+    for name, tensor in tensors:
+        if name not in without:
+            values = tensor.detach().float() if tensor.is_floating_point() else tensor
+            digest = hashlib.sha256(f"{list(tensor.shape)}".encode())
+            digest.update(values.cpu().contiguous().numpy())
+            digests[name] = digest.hexdigest()
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def module_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of a module as a checkpoint holds them: what is tied comes once."""
+    state = module.state_dict()
+    tied = getattr(module, "all_tied_weights_keys", {})
+    for name, tensor in state.items():
+        source = state.get(tied.get(name))
+        if source is None or source.data_ptr() != tensor.data_ptr():
+            yield name, tensor
+
+
+def read_weights(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of every safetensors file in `folder`, one at a time.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no .safetensors file in {folder}")
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping: it has keys() only)
+                yield name, tensors.get_tensor(name)
+
+
+def save_part(module: nn.Module, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+    """Writes a graph encoder or a predictor: `config.json` (its `config`) and its weights.
+
+    Args:
+        dtype: of the floating-point weights on disk; None keeps them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, module.config)
+    write_weights(folder / WEIGHTS, module.state_dict(), dtype)
+
+
+def load_part(build: Callable[[dict[str, Any]], nn.Module], folder: Path | str) -> nn.Module:
+    """Reads what `save_part` wrote, in float32; `build` makes the module from its config.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the weights do not fit the module.
+    """
+    module = build(json.loads((Path(folder) / CONFIG).read_text()))
+    load_strictly(module, dict(read_weights(folder)), source=folder)
+    return module
+
+
+def load_strictly(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    source: Path | str,
+    names: Collection[str] | None = None,
+) -> None:
+    """Copies `weights` into `module`, which must have these names and shapes and no others.
+
+    Args:
+        source: where the weights are from, for the error.
+        names: the entries of the module's state that are expected; None for all.
+
+    Raises:
+        ValueError: names are missing or unexpected, or shapes differ; it lists them.
+    """
+    state = module.state_dict()
+    expected = set(state if names is None else names)
+    problems = [
+        _listed("missing", sorted(expected - set(weights))),
+        _listed("unexpected", sorted(set(weights) - expected)),
+        _listed(
+            "of another shape",
+            [
+                f"{name} {list(weights[name].shape)} instead of {list(state[name].shape)}"
+                for name in sorted(expected & set(weights))
+                if weights[name].shape != state[name].shape
+            ],
+        ),
+    ]
+    if any(problems):
+        raise ValueError(f"the weights in {source} do not fit: {'; '.join(filter(None, problems))}")
+    module.load_state_dict(weights, strict=False)
+
+
+def _listed(what: str, names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{what}: {', '.join(names[:most])}{more}" if names else ""
+
+
+def write_weights(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Writes a safetensors file, floating-point values as `dtype`."""
+    cast = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in weights.items()
+    }
+    save_file(cast, file, metadata={"format": "pt"})
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON for people: indented, with a newline at the end."""
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@torch.no_grad()
+def input_scale(language_model: PreTrainedModel) -> float:
+    """The factor between what the embedding module computes and what `inputs_embeds` expects.
+
+    Most models take the embedding module's output as it is, and so the factor is 1; those that
+    scale inside the module (Gemma) or scale `inputs_embeds` too (Granite) are among them. Some
+    (Falcon-H1, MiniCPM3) scale only where they look up ids themselves. The factor is found by
+    asking: the model's logits for a few ids must be those for their embeddings.
+
+    Raises:
+        ValueError: no factor makes them equal, the model reads more of an id than its embedding.
+    """
+    table, config = language_model.get_input_embeddings(), language_model.config
+    width = table.embedding_dim
+    ids = torch.arange(min(4, table.num_embeddings), device=table.weight.device)[None]
+    mask = torch.ones_like(ids)
+    named = (getattr(config, key, None) for key in ("embedding_multiplier", "scale_emb"))
+    training = language_model.training
+    if training:
+        language_model.eval()
+    try:
+        expected = language_model(input_ids=ids, attention_mask=mask).logits
+        for scale in (1.0, *filter(None, named), math.sqrt(width)):
+            embeds = table(ids) * scale
+            logits = language_model(inputs_embeds=embeds, attention_mask=mask).logits
+            if (logits - expected).abs().max() <= 1e-3 * expected.abs().max():
+                return float(scale)
+    finally:
+        if training:
+            language_model.train()
+    raise ValueError(
+        f"language_model must answer to inputs_embeds as to input_ids, {config.model_type!r} does "
+        "not: it reads more of a token than its embedding"
+    )

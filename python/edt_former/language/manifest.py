@@ -1,0 +1,75 @@
+"""Which frozen parts a checkpoint was trained with, and where they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from edt_former.language.frozen import write_json
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """One frozen part.
+
+    Attributes:
+        sha256: `content_hash` of its weights.
+        path: its folder; None where the checkpoint does not know. On disk it is relative to the
+            checkpoint's folder.
+        name: what it is called where it came from.
+        without: weights that the hash leaves out, because the checkpoint holds them.
+    """
+
+    sha256: str
+    path: str | None = None
+    name: str = ""
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The frozen parts of the checkpoint in `root`, by name."""
+
+    root: Path
+    parts: dict[str, FrozenPart]
+
+    @classmethod
+    def read(cls, root: Path | str) -> Self:
+        """Reads `manifest.json` of a checkpoint.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        root = Path(root)
+        parts = {}
+        for name, part in json.loads((root / MANIFEST).read_text())["parts"].items():
+            path = part["path"] and os.path.normpath(root / part["path"])
+            parts[name] = FrozenPart(**{**part, "path": path, "without": tuple(part["without"])})
+        return cls(root, parts)
+
+    def write(self) -> None:
+        """Writes `manifest.json`."""
+        parts = {}
+        for name, part in self.parts.items():
+            path = part.path and Path(os.path.relpath(part.path, self.root)).as_posix()
+            parts[name] = asdict(replace(part, path=path))
+        write_json(self.root / MANIFEST, {"parts": parts})
+
+    def folder(self, part: str) -> Path:
+        """Where a part is.
+
+        Raises:
+            FileNotFoundError: the manifest does not say, or nothing is there.
+        """
+        path = self.parts[part].path if part in self.parts else None
+        if path is None or not Path(path).is_dir():
+            where = (
+                "does not say where it is" if path is None else f"says {path}, which is no folder"
+            )
+            raise FileNotFoundError(f"{part}= is needed: {self.root / MANIFEST} {where}")
+        return Path(path)

@@ -1,0 +1,96 @@
+"""Prompts: where a molecule stands in the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+
+def plain_prompt(question: str, *, molecules: int = 1, mol_token: str = "<mol>") -> str:
+    """The prompt of a model without a chat template: molecules first, then the question.
+
+    >>> plain_prompt("How many rings does it have?")
+    '<mol> question: How many rings does it have? answer:'
+    """
+    return " ".join([mol_token] * molecules + [f"question: {question} answer:"])
+
+
+def ask(
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    *,
+    molecules: int = 1,
+    mol_token: str = "<mol>",
+) -> str:
+    """The prompt that asks one question: a user's turn where the tokenizer has a chat template.
+
+    A question that holds `<mol>` itself keeps its molecules where they are; else they stand first.
+
+    Raises:
+        ValueError: the question holds `<mol>`, but not `molecules` times.
+    """
+    marked = question.count(mol_token)
+    if marked not in (0, molecules):
+        raise ValueError(
+            f"question must hold {mol_token} {molecules} times, once per molecule, or never, "
+            f"got {marked} times"
+        )
+    if tokenizer.chat_template is None:
+        return plain_prompt(question, molecules=molecules - marked, mol_token=mol_token)
+    content = " ".join([mol_token] * (molecules - marked) + [question])
+    return render(tokenizer, [{"role": "user", "content": content}], mol_token=mol_token)[0]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    mol_token: str = "<mol>",
+    add_generation_prompt: bool = True,
+) -> tuple[str, list[Any]]:
+    """The text of a conversation, and its molecules in their order.
+
+    Without a chat template the contents are joined by a space, and roles are left out.
+
+    Args:
+        tokenizer: its chat template is used.
+        messages: `{"role": ..., "content": ...}` each, the content a text with `<mol>` in it, or a
+            list of `{"type": "text", "text": ...}` and `{"type": "molecule", "molecule": ...}`
+            items. A molecule item without "molecule" is a bare mark.
+        add_generation_prompt: end where the model's answer begins.
+
+    Raises:
+        ValueError: an item of another type.
+    """
+    molecules: list[Any] = []
+    flat = [
+        {**message, "content": _flatten(message["content"], mol_token, molecules)}
+        for message in messages
+    ]
+    if tokenizer.chat_template is None:
+        return " ".join(message["content"] for message in flat), molecules
+    text = tokenizer.apply_chat_template(
+        flat, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    return text, molecules
+
+
+def _flatten(content: str | Sequence[dict[str, Any]], mol_token: str, molecules: list[Any]) -> str:
+    """Text of one message's content; its molecules are appended to `molecules`."""
+    if isinstance(content, str):
+        return content
+    pieces = []
+    for item in content:
+        if item["type"] == "text":
+            pieces.append(item["text"])
+        elif item["type"] == "molecule":
+            pieces.append(mol_token)
+            if "molecule" in item:
+                molecules.append(item["molecule"])
+        else:
+            raise ValueError(f"type must be 'text' or 'molecule', got {item['type']!r}")
+    return " ".join(pieces)

@@ -1,0 +1,574 @@
+"""A frozen language model that reads molecules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import edt_kernels
+from edt_former.checkpoint import FROZEN_PARTS, load_checkpoint, save_checkpoint
+from edt_former.config import MoleculeConfig
+from edt_former.connectors import Connector, MoleculeTokens, make_connector
+from edt_former.graph import GraphBatch, GraphEncoder, make_encoder
+from edt_former.language.frozen import input_scale
+from edt_former.language.manifest import FrozenPart
+from edt_former.processor import (
+    IGNORED_LABEL,
+    MoleculeProcessor,
+    PatchSets,
+    find_patch_sets,
+    read_all,
+)
+from edt_former.tokens import NextAtomPredictor, pack_patches
+
+ROWS_OF_THE_MEAN = 1024
+
+
+class MoleculeLM(PreTrainedModel, GenerationMixin):
+    """A stock causal language model whose prompts hold molecules (arXiv:2602.02742).
+
+    The graph encoder reads the atoms, the connector makes tokens of them, and these take the place
+    of the `<mol>` positions in the prompt. The language model is reached through
+    `get_input_embeddings()` and `inputs_embeds` only, so any architecture will do. Graph encoder,
+    predictor and language model are frozen and in eval mode whatever `train` says; what trains is
+    the connector and, as `config.train_embeddings` says, rows for added tokens or the whole input
+    table (with it the head, where the two are tied).
+
+    A molecule token stands on the scale of what the embedding module *returns* for text: where
+    that module scales its table (Gemma, by sqrt(width)), the token is not scaled again, and where
+    the language model scales its inputs later (Granite), text and molecules are scaled alike.
+
+    Args:
+        config: the parts are built from it, with random weights.
+        language_model: used instead of building one, as are the next three.
+        graph_encoder: see `edt_former.graph.make_encoder`.
+        connector: see `edt_former.connectors.make_connector`.
+        predictor: needed by `embed_molecules` where patches come from entropies.
+    """
+
+    config_class = MoleculeConfig
+    base_model_prefix = "language_model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: MoleculeConfig,
+        *,
+        language_model: PreTrainedModel | None = None,
+        graph_encoder: GraphEncoder | None = None,
+        connector: Connector | None = None,
+        predictor: NextAtomPredictor | None = None,
+    ) -> None:
+        super().__init__(config)
+        if graph_encoder is None:
+            graph_encoder = make_encoder(config.graph_config)
+        if connector is None:
+            connector = make_connector(config.connector_config)
+        if predictor is None and config.predictor_config is not None:
+            predictor = NextAtomPredictor(config.predictor_config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.graph_encoder = graph_encoder
+        self.predictor = predictor
+        self.connector = connector
+        self.language_model = language_model
+        config.text_config = language_model.config
+        self.processor: MoleculeProcessor | None = None
+        self._input_scale: float | None = None
+        self.frozen_parts: dict[str, FrozenPart] = {}
+        _check_widths(graph_encoder, connector, self.get_input_embeddings())
+        self._make_new_rows()
+        self._freeze()
+        self.generation_config = language_model.generation_config
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls,
+        language_model: PreTrainedModel,
+        graph_encoder: GraphEncoder,
+        connector: Connector,
+        predictor: NextAtomPredictor | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        mol_token: str = "<mol>",
+        new_tokens: Sequence[str] = (),
+        train_embeddings: str = "new_rows",
+    ) -> Self:
+        """A model of parts that exist; its `processor` is made from `tokenizer`.
+
+        Args:
+            language_model: any causal LM; its table is never resized.
+            graph_encoder: frozen here.
+            connector: its `llm_width` is the language model's.
+            predictor: needed where patches come from entropies.
+            tokenizer: `mol_token` and `new_tokens` are added as special tokens where missing.
+            mol_token: marks one molecule.
+            new_tokens: further tokens whose embeddings are trained rows.
+            train_embeddings: see `MoleculeConfig`.
+        """
+        missing = [t for t in (mol_token, *new_tokens) if t not in tokenizer.get_vocab()]
+        tokenizer.add_tokens(missing, special_tokens=True)
+        config = MoleculeConfig(
+            text_config=language_model.config,
+            graph_config=graph_encoder.config,
+            connector_config=connector.config,
+            predictor_config=None if predictor is None else predictor.config,
+            mol_token=mol_token,
+            mol_token_id=tokenizer.convert_tokens_to_ids(mol_token),
+            new_token_ids=tokenizer.convert_tokens_to_ids(list(new_tokens)),
+            train_embeddings=train_embeddings,
+        )
+        model = cls(
+            config,
+            language_model=language_model,
+            graph_encoder=graph_encoder,
+            connector=connector,
+            predictor=predictor,
+        )
+        model.processor = MoleculeProcessor(
+            tokenizer, connector, predictor, mol_token=mol_token, max_length=model.max_positions
+        )
+        return model
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most positions that the language model reads; None where it sets no limit."""
+        return getattr(self.config.text_config, "max_position_embeddings", None)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.language_model.get_output_embeddings()
+
+    def init_weights(self) -> None:
+        """Nothing: every part has initialised itself, or was loaded."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        graph: GraphBatch | None = None,
+        patches: PatchSets | Mapping[str, edt_kernels.Patches] | None = None,
+        molecule_counts: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of B rows, and the loss where there are labels.
+
+        A row's logits do not depend on the other rows, up to rounding, on whichever side it is
+        padded.
+
+        Args:
+            input_ids: int64 [B, S], `mol_token_id` at every molecule token's place.
+            attention_mask: [B, S], 0 at padding.
+            graph: the molecules of all rows, row by row; None where there are none.
+            patches: by source, of the same molecules.
+            molecule_counts: int64 [B], how many of the molecules belong to each row.
+            labels: int64 [B, S], -100 where nothing is learned; molecule tokens and new tokens
+                are never learned.
+            position_ids: [B, S]; None counts the tokens that are no padding.
+            inputs_embeds: [B, S, E] instead of all the above but the mask.
+            kwargs: of the language model (`past_key_values`, `use_cache`, `logits_to_keep`, ...).
+
+        Raises:
+            ValueError: a row's placeholders are not as many as its molecule tokens; the prompt is
+                longer than the language model reads.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_prompt(input_ids, graph, patches, molecule_counts)
+            if labels is not None:
+                labels = self._without_inputs_only(labels)
+        self._check_length(inputs_embeds.shape[1])
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = _positions(attention_mask)[:, -inputs_embeds.shape[1] :]
+        if position_ids is not None and _accepts(self.language_model, "position_ids"):
+            kwargs["position_ids"] = position_ids
+        if labels is not None:
+            kwargs["labels"] = labels
+        return self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        graph: GraphBatch | None = None,
+        patches: PatchSets | Mapping[str, edt_kernels.Patches] | None = None,
+        molecule_counts: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """New tokens only, [B * num_return_sequences, T], by the language model's own `generate`.
+
+        Molecules are encoded once, before beams or samples multiply the rows. Rows must be padded
+        on the left.
+
+        Args:
+            input_ids: with the next four, see `forward`.
+            attention_mask: [B, S].
+            graph: of all rows.
+            patches: by source.
+            molecule_counts: int64 [B].
+            kwargs: of `transformers.GenerationMixin.generate`.
+
+        Raises:
+            ValueError: as `forward`; a row is padded on the right; prompt and `max_new_tokens`
+                together are longer than the language model reads.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        padded = (attention_mask[:, -1] == 0).nonzero().flatten().tolist()
+        if padded:
+            raise ValueError(f"generate needs padding on the left, row {padded[0]} ends in padding")
+        self._check_length(input_ids.shape[1], kwargs.get("max_new_tokens") or 0)
+        inputs_embeds = self.embed_prompt(input_ids, graph, patches, molecule_counts)
+        muted = {*(kwargs.pop("suppress_tokens", None) or ()), *self._never_generated()}
+        return self.language_model.generate(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            suppress_tokens=sorted(muted) or None,
+            **kwargs,
+        )
+
+    def embed_prompt(
+        self,
+        input_ids: Tensor,
+        graph: GraphBatch | None = None,
+        patches: PatchSets | Mapping[str, edt_kernels.Patches] | None = None,
+        molecule_counts: Tensor | None = None,
+    ) -> Tensor:
+        """What the language model reads as `inputs_embeds` [B, S, E]; see `forward`."""
+        device = input_ids.device
+        if graph is None:
+            graph, patches, molecule_counts = GraphBatch.pack([]), None, None
+        if molecule_counts is None:
+            molecule_counts = torch.zeros(len(input_ids), dtype=torch.int64)
+        slots = input_ids == self.config.mol_token_id
+        new_ids = self._new_ids(input_ids)
+        inputs_only = slots if new_ids is None else slots | (new_ids >= 0)
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(inputs_only, 0))
+
+        rows = _cumulative(molecule_counts.to(device))
+        if int(rows[-1]) != graph.num_molecules:
+            raise ValueError(
+                f"molecule_counts must sum to the molecules of graph, {graph.num_molecules}, "
+                f"got {int(rows[-1])}"
+            )
+        if graph.num_molecules or self.training:
+            tokens = self.encode(graph, patches)
+        else:
+            tokens = MoleculeTokens(embeds.new_zeros(0, embeds.shape[-1]), rows.new_zeros(1))
+        token_offsets = tokens.offsets[rows]
+        _check_counts(slots, token_offsets)
+        prompt = edt_kernels.splice(
+            embeds,
+            tokens.values.to(embeds),
+            token_offsets,
+            slots,
+            new_rows=None if new_ids is None else self.new_rows.to(embeds),
+            new_ids=new_ids,
+        )
+        if self._input_scale is None:
+            self._input_scale = input_scale(self.language_model)
+        return prompt if self._input_scale == 1 else prompt * self._input_scale
+
+    def encode(
+        self, graph: GraphBatch, patches: PatchSets | Mapping[str, edt_kernels.Patches] | None
+    ) -> MoleculeTokens:
+        """The tokens of packed molecules, from their patches by source."""
+        graph = graph.to(self.device)
+        if patches is None:
+            none = {s: pack_patches([]) for s in self.connector.patch_options.sources}
+            patches = PatchSets({} if graph.num_molecules else none)
+        sets = PatchSets(dict(patches)).to(self.device)
+        return self.connector(self.graph_encoder(graph), dict(sets))
+
+    @torch.no_grad()
+    def embed_molecules(self, molecules: Sequence[Any]) -> MoleculeTokens:
+        """The tokens of molecules, without the language model; patches are found on the device.
+
+        Args:
+            molecules: SMILES, RDKit `Mol`, `Molecule`, ...: see `edt_former.processor.as_molecule`.
+
+        Returns:
+            Values [T, E] and offsets [B + 1].
+
+        Raises:
+            ValueError: a molecule cannot be read.
+        """
+        read = read_all(molecules)
+        graph = GraphBatch.pack(read).to(self.device)
+        options = self.connector.patch_options
+        return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
+
+    def answer(
+        self,
+        molecules: Any,
+        questions: str | Sequence[str],
+        *,
+        batch_size: int = 16,
+        max_new_tokens: int = 64,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Answers to questions about molecules, greedily unless `kwargs` say otherwise.
+
+        Args:
+            molecules: one per question, or one for all; each may be a list of several.
+            questions: one per molecule, or one for all.
+            batch_size: how many are asked at a time.
+            max_new_tokens: longest answer.
+            kwargs: of `generate`.
+
+        Raises:
+            ValueError: there is no processor; as many molecules as questions are needed; a
+                molecule cannot be read.
+        """
+        if self.processor is None:
+            raise ValueError("answer needs a processor, set model.processor")
+        pairs = _paired(molecules, questions)
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **kwargs}
+        answers = []
+        for start in range(0, len(pairs), batch_size):
+            asked = pairs[start : start + batch_size]
+            prompts = [self.processor.prompt(q, molecules=len(given)) for given, q in asked]
+            inputs = self.processor(
+                prompts,
+                [given for given, _ in asked],
+                add_special_tokens=self.processor.tokenizer.chat_template is None,
+            )
+            answers += self.processor.decode(self.generate(**inputs.to(self.device), **options))
+        return answers
+
+    def train(self, mode: bool = True) -> Self:
+        """Parts without a trainable parameter stay in eval; checkpointing works in them."""
+        super().train(mode)
+        for part in self._frozen_modules():
+            part.eval()
+            for layer in part.modules():
+                # Layers decide by their own flag whether to checkpoint; what is inside them
+                # (dropout, batch statistics) stays in eval.
+                layer.training = mode and getattr(layer, "gradient_checkpointing", False)
+        return self
+
+    def trainable_parameters(self) -> dict[str, int]:
+        """How many parameters train, by part, and how many there are.
+
+        Keys: "connector", "new_rows", each frozen part, "trainable" and "total".
+        """
+        counts = dict.fromkeys(("connector", "new_rows", *FROZEN_PARTS), 0)
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                counts[name.split(".")[0]] += parameter.numel()
+        trainable = sum(counts.values())
+        return {
+            **counts,
+            "trainable": trainable,
+            "total": sum(p.numel() for p in self.parameters()),
+        }
+
+    def save_pretrained(
+        self,
+        folder: Path | str,
+        *,
+        save_frozen: bool = False,
+        frozen_folder: Path | str | None = None,
+        dtype: torch.dtype | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **_: Any,
+    ) -> None:
+        """Writes what is trained, the config, the processor, and a manifest of the frozen parts.
+
+        The manifest holds a hash of each frozen part's weights and, relative to `folder`, where
+        the part is: several checkpoints can share one set.
+
+        Args:
+            folder: gets `model.safetensors`, `config.json`, `manifest.json`, `processor.json`, and
+                the tokenizer's files unless they are beside the language model.
+            save_frozen: also write the frozen parts, and the tokenizer to the language model.
+            frozen_folder: where the frozen parts are, or go: in `language_model/`,
+                `graph_encoder/` and `predictor/`. None: into `folder` with `save_frozen`, else
+                they stay where they were read from.
+            dtype: of floating-point weights on disk, None keeps them.
+            state_dict: used instead of the model's own, for a Trainer that gathers one.
+        """
+        save_checkpoint(
+            self,
+            Path(folder),
+            save_frozen=save_frozen,
+            frozen_folder=None if frozen_folder is None else Path(frozen_folder),
+            dtype=dtype,
+            state_dict=state_dict,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        language_model: PreTrainedModel | Path | str | None = None,
+        graph_encoder: GraphEncoder | Path | str | None = None,
+        predictor: NextAtomPredictor | Path | str | None = None,
+        config: MoleculeConfig | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        verify: bool = True,
+        **_: Any,
+    ) -> Self:
+        """Reads what `save_pretrained` wrote, with its processor; in eval mode.
+
+        Args:
+            folder: of the checkpoint, or its name on the Hugging Face Hub.
+            language_model: a causal LM, its folder or its name; None takes the manifest's.
+            graph_encoder: likewise.
+            predictor: likewise.
+            config: instead of the folder's.
+            dtype: of the language model where it is read from files; all else is float32.
+            verify: check the frozen parts' hashes, which reads all their weights once more. A
+                quantised language model needs False.
+
+        Raises:
+            FileNotFoundError: a file or a frozen part is missing.
+            ValueError: a frozen part is not the one that the checkpoint was trained with, or
+                weights are missing, unexpected or of another shape. It names them.
+        """
+        given = dict(zip(FROZEN_PARTS, (language_model, graph_encoder, predictor), strict=True))
+        return load_checkpoint(cls, folder, given, config=config, dtype=dtype, verify=verify)
+
+    def _make_new_rows(self) -> None:
+        """Rows for the added tokens: the table's where it has them, else its mean."""
+        ids = torch.tensor(self.config.new_token_ids, dtype=torch.int64)
+        self.register_buffer("new_token_ids", ids, persistent=False)
+        self.register_parameter("new_rows", None)
+        if len(ids) == 0:
+            return
+        table = self.get_input_embeddings()
+        device, size = table.weight.device, table.num_embeddings
+        with torch.no_grad():
+            mean = table(torch.arange(min(size, ROWS_OF_THE_MEAN), device=device)).mean(0)
+            known = table(ids.clamp(max=size - 1).to(device))
+            rows = torch.where((ids < size).to(device)[:, None], known, mean)
+        self.new_rows = nn.Parameter(rows.float())
+
+    def _freeze(self) -> None:
+        self.graph_encoder.freeze()
+        for part in (self.predictor, self.language_model):
+            if part is not None:
+                part.requires_grad_(False).eval()
+        if self.config.train_embeddings == "all":
+            self.get_input_embeddings().weight.requires_grad_(True)
+        if self.new_rows is not None:
+            self.new_rows.requires_grad_(self.config.train_embeddings != "none")
+
+    def _frozen_modules(self) -> Iterator[nn.Module]:
+        """The parts of which nothing trains, the input table apart."""
+        table = self.get_input_embeddings().weight
+        for name in FROZEN_PARTS:
+            part = getattr(self, name)
+            if part is not None and not any(
+                p.requires_grad and p is not table for p in part.parameters()
+            ):
+                yield part
+
+    def _new_ids(self, input_ids: Tensor) -> Tensor | None:
+        """Which new row each position takes, -1 for none; None where there are no new rows."""
+        if self.new_rows is None:
+            return None
+        same = input_ids[..., None] == self.new_token_ids
+        return torch.where(same.any(-1), same.to(torch.int8).argmax(-1), -1)
+
+    def _never_generated(self) -> list[int]:
+        """Ids of the language model's vocabulary that only stand in prompts."""
+        size = self.config.get_text_config().vocab_size
+        ids = (self.config.mol_token_id, *self.config.new_token_ids)
+        return [i for i in ids if i is not None and i < size]
+
+    def _without_inputs_only(self, labels: Tensor) -> Tensor:
+        """Labels without molecule tokens and new tokens."""
+        ignored = torch.isin(labels, self.new_token_ids) | (labels == self.config.mol_token_id)
+        return labels.masked_fill(ignored, IGNORED_LABEL)
+
+    def _check_length(self, length: int, new_tokens: int = 0) -> None:
+        limit = self.max_positions
+        if limit is not None and length + new_tokens > limit:
+            new = f" and max_new_tokens={new_tokens}" if new_tokens else ""
+            raise ValueError(
+                f"the prompt has {length} tokens{new}, the language model reads at most {limit}"
+            )
+
+
+def _check_widths(graph_encoder: GraphEncoder, connector: Connector, table: nn.Module) -> None:
+    wanted = {"encoder_width": graph_encoder.width, "llm_width": table.embedding_dim}
+    for option, width in wanted.items():
+        got = connector.config.get(option, width)
+        if got != width:
+            raise ValueError(f"the connector's {option} must be {width}, got {got}")
+
+
+def _check_counts(slots: Tensor, token_offsets: Tensor) -> None:
+    pairs = torch.stack([slots.sum(1), token_offsets.diff()], 1).tolist()
+    for row, (placeholders, tokens) in enumerate(pairs):
+        if placeholders != tokens:
+            raise ValueError(
+                f"row {row} of input_ids has {placeholders} placeholders, its molecules have "
+                f"{tokens} tokens"
+            )
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _positions(attention_mask: Tensor) -> Tensor:
+    """Positions that count the tokens which are no padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _accepts(language_model: nn.Module, argument: str) -> bool:
+    """Whether the model, inside any wrapper with adapters, takes an argument."""
+    inner = getattr(language_model, "get_base_model", lambda: language_model)()
+    return argument in inspect.signature(inner.forward).parameters
+
+
+def _paired(molecules: Any, questions: str | Sequence[str]) -> list[tuple[list[Any], str]]:
+    """The molecules of each question; what comes alone goes with all."""
+    many = isinstance(molecules, list | tuple)
+    asked = [questions] if isinstance(questions, str) else list(questions)
+    given = list(molecules) if many else [molecules]
+    if isinstance(questions, str):
+        asked = asked * len(given)
+    elif not many:
+        given = given * len(asked)
+    if len(given) != len(asked):
+        raise ValueError(
+            f"molecules and questions must be as many, got {len(given)} and {len(asked)}"
+        )
+    lists = [list(m) if isinstance(m, list | tuple) else [m] for m in given]
+    return list(zip(lists, asked, strict=True))
+
+
+AutoModel.register(MoleculeConfig, MoleculeLM)
+AutoModelForCausalLM.register(MoleculeConfig, MoleculeLM)

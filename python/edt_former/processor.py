@@ -1,0 +1,479 @@
+"""From texts and molecules to what a `MoleculeLM` reads."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+
+from edt_former.chem import (
+    Invalid,
+    Molecule,
+    brics_fragments,
+    read_molecule,
+    read_selfies,
+)
+from edt_former.config import MoleculeConfig
+from edt_former.connectors import Connector, make_connector
+from edt_former.graph import GraphBatch
+from edt_former.language.frozen import load_part, write_json
+from edt_former.language.manifest import Manifest
+from edt_former.language.prompt import Message, ask, render
+from edt_former.tokens import NextAtomPredictor, PatchOptions, pack_patches, unpack_patches
+from edt_kernels import Patches
+
+IGNORED_LABEL = -100
+PROCESSOR_FILE = "processor.json"
+
+
+class PatchSets:
+    """`Patches` by source ("brics", "entropy"), of one batch of molecules.
+
+    It has `keys` and `[]`, so `dict(sets)` works, but is no `Mapping`: the Trainer would rebuild
+    one entry by entry, down into the named tuples inside.
+    """
+
+    def __init__(self, sets: Mapping[str, Patches]) -> None:
+        self._sets = dict(sets)
+
+    def keys(self) -> Iterator[str]:
+        """The sources."""
+        return iter(self._sets)
+
+    def __getitem__(self, source: str) -> Patches:
+        return self._sets[source]
+
+    def to(self, device: torch.device | str | None, non_blocking: bool = False) -> PatchSets:
+        """The same on another device."""
+        moved = {
+            source: Patches(
+                *(None if x is None else x.to(device, non_blocking=non_blocking) for x in patches)
+            )
+            for source, patches in self._sets.items()
+        }
+        return PatchSets(moved)
+
+
+class ModelInputs(BatchFeature):
+    """Keyword arguments of `MoleculeLM.forward` and `generate`; `.to(device)` moves all of them."""
+
+    def to(self, device: torch.device | str | None, non_blocking: bool = False) -> ModelInputs:
+        """The same on another device."""
+        return ModelInputs({k: v.to(device, non_blocking=non_blocking) for k, v in self.items()})
+
+
+def find_patch_sets(
+    molecules: Sequence[Molecule],
+    graph: GraphBatch,
+    options: PatchOptions,
+    predictor: NextAtomPredictor | None,
+) -> PatchSets:
+    """The patches of molecules by every source that `options` names.
+
+    Args:
+        molecules: the B molecules of `graph`.
+        graph: on the predictor's device.
+        options: a connector's `patch_options`.
+        predictor: needed where `options.sources` names "entropy".
+
+    Raises:
+        ValueError: BRICS patches of a molecule whose SMILES is not known.
+    """
+    sets = {}
+    for source in options.sources:
+        if source == "entropy":
+            _, found = predictor.patches(graph.elements, graph.offsets, **options.cutting())
+            sets[source] = found
+        else:
+            sets[source] = pack_patches([_fragments(molecule) for molecule in molecules])
+    return PatchSets(sets).to(graph.offsets.device)
+
+
+def _fragments(molecule: Molecule) -> np.ndarray:
+    if not molecule.smiles:
+        raise ValueError("BRICS patches need a molecule's SMILES, got graph data without one")
+    return brics_fragments(molecule)
+
+
+def as_molecule(source: Any) -> Molecule | Invalid:
+    """Reads a molecule in any form that the processor takes.
+
+    Args:
+        source: SMILES, SELFIES behind "selfies:", RDKit `Mol`, `Molecule`, or graph data in the
+            manner of PyG (`x` [n, 9], `edge_index` [2, E], `edge_attr` [E, 3] of OGB's features;
+            its `smiles`, where it has one, is read instead).
+
+    Example:
+        >>> as_molecule("OCC").smiles, as_molecule("C1CC").reason
+        ('CCO', 'unclosed ring')
+    """
+    if isinstance(source, Molecule | Invalid):
+        return source
+    if isinstance(source, str) and source.lower().startswith("selfies:"):
+        return read_selfies(source[len("selfies:") :])
+    if all(hasattr(source, name) for name in ("x", "edge_index", "edge_attr")):
+        smiles = getattr(source, "smiles", None)
+        return read_molecule(smiles) if isinstance(smiles, str) else _graph_data(source)
+    return read_molecule(source)
+
+
+def read_all(sources: Sequence[Any], *, selfies: bool = False) -> list[Molecule]:
+    """`as_molecule` of every source; with `selfies`, strings are SELFIES.
+
+    Raises:
+        ValueError: one cannot be read; it names the index and the reason.
+    """
+    molecules = []
+    for index, source in enumerate(sources):
+        plain = selfies and isinstance(source, str)
+        molecule = read_selfies(source) if plain else as_molecule(source)
+        if isinstance(molecule, Invalid):
+            raise ValueError(f"molecule {index} ({molecule.source!r}): {molecule.reason}")
+        molecules.append(molecule)
+    return molecules
+
+
+def _graph_data(data: Any) -> Molecule | Invalid:
+    """A molecule in the order of its data; its SMILES stays empty."""
+    x, index, bonds = (np.asarray(a) for a in (data.x, data.edge_index, data.edge_attr))
+    if x.ndim != 2 or x.shape[1] != 9 or bonds.ndim != 2 or bonds.shape[1] != 3:
+        return Invalid(
+            repr(data), f"x must be [n, 9] and edge_attr [E, 3], got {x.shape}, {bonds.shape}"
+        )
+    order = np.lexsort((index[0], index[1]))
+    return Molecule(
+        smiles="",
+        atom_features=x.astype(np.int64),
+        bond_index=index[:, order].astype(np.int64),
+        bond_features=bonds[order].astype(np.int64),
+        order=np.arange(len(x)),
+    )
+
+
+class MoleculeProcessor:
+    """Texts with `<mol>` in them and molecules become the inputs of a `MoleculeLM`.
+
+    Each `<mol>` is expanded to as many placeholders as its molecule has tokens, so every length is
+    known before the model runs. Patches are found on the CPU for all new molecules of a call at
+    once, and remembered by canonical SMILES.
+
+    Args:
+        tokenizer: the language model's; `mol_token` is added to it as a special token if missing.
+        connector: the model's connector, or its config: what is kept is how it counts tokens.
+        predictor: the next-atom predictor, copied; needed for patches from entropies.
+        mol_token: the text that marks one molecule.
+        max_length: longest row in tokens, molecules included; None for no limit.
+        cache_size: molecules whose patches are remembered, the least recently used go first.
+
+    Raises:
+        ValueError: the connector reads entropy patches and there is no predictor.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        connector: Connector | Mapping[str, Any],
+        predictor: NextAtomPredictor | None = None,
+        *,
+        mol_token: str = "<mol>",
+        max_length: int | None = None,
+        cache_size: int = 65_536,
+    ) -> None:
+        config = connector.config if isinstance(connector, Connector) else connector
+        with torch.device("meta"):
+            self._connector = make_connector(config)
+        self.patch_options = self._connector.patch_options
+        if "entropy" in self.patch_options.sources and predictor is None:
+            raise ValueError("predictor is needed for patches from entropies, got None")
+        if mol_token not in tokenizer.get_vocab():
+            tokenizer.add_tokens([mol_token], special_tokens=True)
+        self.tokenizer = tokenizer
+        self.predictor = copy.deepcopy(predictor)
+        if self.predictor is not None:
+            self.predictor.float().cpu().eval().requires_grad_(False)
+        self.mol_token = mol_token
+        self.mol_token_id = tokenizer.convert_tokens_to_ids(mol_token)
+        self.max_length = max_length
+        self.cache_size = cache_size
+        self._cache: OrderedDict[str, dict[str, list[int]]] = OrderedDict()
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        molecules: Any = None,
+        *,
+        answers: str | Sequence[str] | None = None,
+        selfies: bool = False,
+        padding_side: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> ModelInputs:
+        """Inputs of B rows.
+
+        Args:
+            text: one text per row, or a single one; `<mol>` marks a molecule.
+            molecules: the molecules in the order of their marks, see `as_molecule`: one, a flat
+                list over all rows, or a list per row; None where there are none.
+            answers: what the model shall say, one per row: appended with the end-of-sequence token
+                (and a space, unless white space is there), and the only tokens with a label.
+            selfies: strings are SELFIES.
+            padding_side: "left" (default, for generation) or "right" (default with answers).
+            add_special_tokens: those that the tokenizer puts around a text, such as `<bos>`; a
+                chat template has them already.
+
+        Returns:
+            `input_ids` and `attention_mask` int64 [B, S], `graph` (`GraphBatch` of all molecules),
+            `patches` (`PatchSets`), `molecule_counts` int64 [B], and with answers `labels` [B, S].
+
+        Raises:
+            ValueError: a row has more or fewer marks than molecules; a molecule cannot be read; a
+                row is longer than `max_length`. It names the row or molecule and the numbers.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if padding_side not in (None, "left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        prompts = [self._ids(row, add_special_tokens) for row in texts]
+        marks = [ids.count(self.mol_token_id) for ids in prompts]
+        sources = _by_mark(molecules, marks, self.mol_token)
+        read = read_all(sources, selfies=selfies)
+        graph = GraphBatch.pack(read)
+        patches, sizes = self._patches(read, graph)
+
+        rows = _expanded(prompts, self.mol_token_id, sizes)
+        replies = self._replies(texts, answers)
+        self._check_lengths(rows, replies)
+        side = padding_side or ("left" if answers is None else "right")
+        full = [row + reply for row, reply in zip(rows, replies, strict=True)]
+        data = {
+            "input_ids": _padded(full, self._pad_id, side),
+            "attention_mask": _padded([[1] * len(row) for row in full], 0, side),
+            "graph": graph,
+            "patches": patches,
+            "molecule_counts": torch.tensor(marks),
+        }
+        if answers is not None:
+            labels = [
+                [IGNORED_LABEL] * len(row) + reply for row, reply in zip(rows, replies, strict=True)
+            ]
+            data["labels"] = _padded(labels, IGNORED_LABEL, side)
+        return ModelInputs(data)
+
+    def token_counts(self, molecules: Sequence[Any]) -> list[int]:
+        """How many tokens each molecule takes in a prompt."""
+        read = read_all(molecules)
+        return self._patches(read, GraphBatch.pack(read))[1]
+
+    def prompt(self, question: str, *, molecules: int = 1) -> str:
+        """The text that asks `question` about that many molecules; see `language.prompt.ask`."""
+        return ask(self.tokenizer, question, molecules=molecules, mol_token=self.mol_token)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        molecules: Any = None,
+        *,
+        add_generation_prompt: bool = True,
+        tokenize: bool = True,
+        **options: Any,
+    ) -> ModelInputs | str:
+        """Inputs of one conversation, or its text when not `tokenize`.
+
+        Args:
+            messages: see `language.prompt.render`; molecules may be items or `<mol>` in the text.
+            molecules: those of the marks; None where all are items.
+            add_generation_prompt: end where the model's answer begins.
+            tokenize: False returns the text.
+            options: of `__call__`.
+        """
+        text, items = render(
+            self.tokenizer,
+            messages,
+            mol_token=self.mol_token,
+            add_generation_prompt=add_generation_prompt,
+        )
+        if not tokenize:
+            return text
+        options.setdefault("add_special_tokens", self.tokenizer.chat_template is None)
+        return self(text, items if molecules is None else molecules, **options)
+
+    def decode(self, token_ids: Tensor, *, skip_special_tokens: bool = True) -> list[str]:
+        """Texts of generated ids [B, T], without white space around them."""
+        texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return [text.strip() for text in texts]
+
+    def save_pretrained(self, folder: Path | str, *, save_tokenizer: bool = True) -> None:
+        """Writes `processor.json`, and the tokenizer's files unless they are elsewhere.
+
+        The predictor is not written: it is one of the frozen parts that the model's manifest names.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if save_tokenizer:
+            self.tokenizer.save_pretrained(folder)
+        content = {
+            "processor_class": type(self).__name__,
+            "mol_token": self.mol_token,
+            "max_length": self.max_length,
+            "connector_config": self._connector.config,
+            "predictor": self.predictor is not None,
+        }
+        write_json(folder / PROCESSOR_FILE, content)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | Path | str | None = None,
+        predictor: NextAtomPredictor | Path | str | None = None,
+        **_: Any,
+    ) -> Self:
+        """Reads what `save_pretrained` wrote.
+
+        Args:
+            folder: holds `processor.json`.
+            tokenizer: or its folder; None looks into `folder`, then beside the language model that
+                the manifest names.
+            predictor: or its folder; None takes the manifest's.
+        """
+        folder = Path(folder)
+        content = json.loads((folder / PROCESSOR_FILE).read_text())
+        config = content["connector_config"]
+        if tokenizer is None:
+            here = (folder / "tokenizer_config.json").exists()
+            tokenizer = folder if here else Manifest.read(folder).folder("language_model")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        if predictor is None and content["predictor"]:
+            predictor = Manifest.read(folder).folder("predictor")
+        if isinstance(predictor, Path | str):
+            predictor = load_part(NextAtomPredictor, predictor)
+        options = {"mol_token": content["mol_token"], "max_length": content["max_length"]}
+        return cls(tokenizer, config, predictor, **options)
+
+    @property
+    def _pad_id(self) -> int:
+        for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token_id is not None:
+                return token_id
+        return 0
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a prompt: an end-of-sequence token that the tokenizer adds is left out."""
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+        eos = self.tokenizer.eos_token
+        if eos is not None and ids[-1:] == [self.tokenizer.eos_token_id] and not text.endswith(eos):
+            return ids[:-1]
+        return ids
+
+    def _replies(
+        self, texts: Sequence[str], answers: str | Sequence[str] | None
+    ) -> list[list[int]]:
+        if answers is None:
+            return [[] for _ in texts]
+        answers = [answers] if isinstance(answers, str) else list(answers)
+        if len(answers) != len(texts):
+            raise ValueError(f"answers must be one per text, {len(texts)}, got {len(answers)}")
+        eos = self.tokenizer.eos_token_id
+        replies = []
+        for text, answer in zip(texts, answers, strict=True):
+            joined = text[-1:].isspace() or answer[:1].isspace()
+            reply = answer if joined else f" {answer}"
+            ids = self.tokenizer(reply, add_special_tokens=False).input_ids
+            replies.append(ids if eos is None else [*ids, eos])
+        return replies
+
+    def _check_lengths(self, rows: list[list[int]], replies: list[list[int]]) -> None:
+        for index, (row, reply) in enumerate(zip(rows, replies, strict=True)):
+            length = len(row) + len(reply)
+            if self.max_length is not None and length > self.max_length:
+                raise ValueError(
+                    f"row {index} is {length} tokens long ({row.count(self.mol_token_id)} of them "
+                    f"molecule tokens), the language model reads at most {self.max_length}"
+                )
+
+    def _patches(self, molecules: list[Molecule], graph: GraphBatch) -> tuple[PatchSets, list[int]]:
+        """Patches of the molecules, and how many tokens each gives."""
+        if not self.patch_options.sources:
+            return PatchSets({}), self._connector.token_counts({}, len(molecules))
+        found = self._look_up(molecules)
+        ids = {s: [cut[s] for cut in found] for s in self.patch_options.sources}
+        counts = {s: [len(set(cut)) for cut in cuts] for s, cuts in ids.items()}
+        sets = PatchSets({s: pack_patches(cuts) for s, cuts in ids.items()})
+        return sets, self._connector.token_counts(counts, len(molecules))
+
+    def _look_up(self, molecules: list[Molecule]) -> list[dict[str, list[int]]]:
+        """The patch ids of every molecule by source, from the cache or found in one batch."""
+        new = {m.smiles or index: m for index, m in enumerate(molecules)}
+        known = {smiles: self._cache[smiles] for smiles in new if smiles in self._cache}
+        new = {key: molecule for key, molecule in new.items() if key not in known}
+        if new:
+            graph = GraphBatch.pack(list(new.values()))
+            sets = find_patch_sets(list(new.values()), graph, self.patch_options, self.predictor)
+            cuts = [unpack_patches(sets[s], graph.offsets) for s in self.patch_options.sources]
+            for key, *ids in zip(new, *cuts, strict=True):
+                known[key] = dict(zip(self.patch_options.sources, ids, strict=True))
+        self._remember(known)
+        return [known[m.smiles or index] for index, m in enumerate(molecules)]
+
+    def _remember(self, found: Mapping[str | int, dict[str, list[int]]]) -> None:
+        for key, ids in found.items():
+            if isinstance(key, str):
+                self._cache[key] = ids
+                self._cache.move_to_end(key)
+        while len(self._cache) > self.cache_size:
+            self._cache.popitem(last=False)
+
+
+def _by_mark(molecules: Any, marks: list[int], mol_token: str) -> list[Any]:
+    """All molecules in the order of their marks; `molecules` is one, flat, or a list per row."""
+    if not isinstance(molecules, list | tuple):
+        molecules = [] if molecules is None else [molecules]
+    nested = [isinstance(item, list | tuple) for item in molecules]
+    if any(nested):
+        if not all(nested) or len(molecules) != len(marks):
+            raise ValueError(
+                f"molecules must be a list per text, {len(marks)} in all, or flat; "
+                f"got {len(molecules)} items, {sum(nested)} of them lists"
+            )
+        for row, (count, given) in enumerate(zip(marks, molecules, strict=True)):
+            _check_marks(f"row {row} of text", count, len(given), mol_token)
+        return [molecule for given in molecules for molecule in given]
+    where = "row 0 of text" if len(marks) == 1 else f"text ({len(marks)} rows)"
+    _check_marks(where, sum(marks), len(molecules), mol_token)
+    return list(molecules)
+
+
+def _check_marks(where: str, marks: int, molecules: int, mol_token: str) -> None:
+    if marks != molecules:
+        raise ValueError(
+            f"{where} must hold {mol_token} once per molecule, got {marks} {mol_token} and "
+            f"{molecules} molecules"
+        )
+
+
+def _expanded(prompts: list[list[int]], mol_token_id: int, sizes: list[int]) -> list[list[int]]:
+    """Prompts in which the n-th mark of all stands as often as `sizes[n]` says."""
+    size = iter(sizes)
+    return [
+        [token for t in ids for token in ([t] * next(size) if t == mol_token_id else [t])]
+        for ids in prompts
+    ]
+
+
+def _padded(rows: list[list[int]], value: int, side: str) -> Tensor:
+    length = max(map(len, rows), default=0)
+    fill = [[value] * (length - len(row)) for row in rows]
+    pairs = zip(fill, rows, strict=True)
+    padded = [f + row if side == "left" else row + f for f, row in pairs]
+    return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), length)
+
+
+AutoProcessor.register(MoleculeConfig, MoleculeProcessor)

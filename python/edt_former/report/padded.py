@@ -1,0 +1,55 @@
+"""The query transformer over padded rectangles: what a comparison in speed is made against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edt_former.connectors.qformer import QFormer, Rows
+
+
+def padded_read(connector: QFormer, queries: Rows, keys: Rows, *, slots: int | None) -> Tensor:
+    """What `connector` computes from its queries, with padding: same weights, torch's attention.
+
+    Queries are padded to `slots` per molecule (None: the longest of the batch) and keys to the
+    longest molecule, as programs without ragged kernels do; padding is masked as a key but
+    computed as a query.
+
+    Returns:
+        Hidden states [B, slots, width]; the rows of padding hold what nobody reads.
+    """
+    x, own = _pad(queries, slots)
+    graph, seen = _pad(keys, None)
+    transformer = connector.Qformer.bert
+    x = transformer.embeddings(x)
+    for layer in transformer.encoder.layer:
+        x = _attend(layer.attention, x, x, own)
+        if hasattr(layer, "crossattention"):
+            x = _attend(layer.crossattention, x, graph, seen)
+        x = layer.output_query(layer.intermediate_query(x), x)
+    return x
+
+
+def _attend(attention: torch.nn.Module, x: Tensor, source: Tensor, real: Tensor) -> Tensor:
+    q, k, v = (
+        projection(rows).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        for projection, rows in (
+            (attention.self.query, x),
+            (attention.self.key, source),
+            (attention.self.value, source),
+        )
+    )
+    mask = None if bool(real.all()) else real[:, None, None]
+    read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return attention.output(read.transpose(1, 2).flatten(2), x)
+
+
+def _pad(rows: Rows, slots: int | None) -> tuple[Tensor, Tensor]:
+    """[B, slots, ...] and which of them are real [B, slots]."""
+    lengths = rows.offsets.diff()
+    slots = int(lengths.max()) if slots is None else slots
+    real = torch.arange(slots) < lengths[:, None]
+    padded = rows.values.new_zeros(len(lengths), slots, rows.values.shape[1])
+    padded[real] = rows.values
+    return padded, real

@@ -1,0 +1,200 @@
+"""The recipe from files of SMILES to the shipped models: every step resumable, all of it seeded."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from edt_former.chem import Molecule, read_molecule
+from edt_former.model import MoleculeLM
+from edt_former.tasks.accuracy import Guesses, accuracies
+from edt_former.tasks.evaluation import answer_questions, without_molecule
+from edt_former.tasks.heldout import heldout_molecules
+from edt_former.tasks.questions import FACTS, answer_ids
+from edt_former.train.tiny.connector import (
+    connector_configs,
+    read_features,
+    train_connector,
+)
+from edt_former.train.tiny.data import SELF_SUPERVISED, MoleculeTable, prepare
+from edt_former.train.tiny.encoder import train_encoder
+from edt_former.train.tiny.packing import QuestionBank
+from edt_former.train.tiny.predictor import surprise, train_predictor
+from edt_former.train.tiny.reader import train_reader
+
+STEPS = {"encoder": 1000, "predictor": 600, "reader": 500, "connector": 3000}
+HALF = torch.float16
+"""Of the weights on disk. Frozen parts are rounded before anything is trained against them."""
+
+TEST_MOLECULES = 500
+"""Of the scaffold-held-out split, asked about in the final evaluation."""
+
+
+def run_recipe(
+    data: Path, out: Path, *, seed: int = 0, processes: int = 2, scale: float = 1.0
+) -> None:
+    """Train everything that ships with the package, into `out`/shipped.
+
+    A run that was stopped, in whatever way, is continued by the same call. `out`/shipped gets
+    `language_model`, `graph_encoder`, `predictor`, one folder per connector and `manifest.json`:
+    data hashes, split, steps, seconds, versions, accuracies with 95 % intervals.
+
+    Args:
+        data: a folder with the files of `edt_former.train.tiny.data.SOURCES`.
+        out: gets checkpoints and results.
+        seed: of everything.
+        processes: that read molecules.
+        scale: share of molecules and steps, for a quick trial.
+
+    Raises:
+        FileNotFoundError: a file of SMILES is missing.
+        RuntimeError: the language model did not learn to read facts.
+    """
+    print(f"the graph encoder learns from: {', '.join(SELF_SUPERVISED)}")
+    print(f"the questions ask for: {', '.join(fact.key for fact in FACTS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    clock = _Clock(out / "seconds.json")
+    steps = {name: max(2, round(count * scale)) for name, count in STEPS.items()}
+    with clock("data"):
+        if not (out / "data.json").exists():
+            prepare(data, out, seed=seed, processes=processes, scale=scale)
+    train, test = MoleculeTable.load(out / "train"), MoleculeTable.load(out / "test")
+    with clock("graph encoder"):
+        encoder = train_encoder(train, out / "encoder.pt", steps=steps["encoder"], seed=seed)
+        round_weights(encoder)
+    with clock("next-atom predictor"):
+        predictor = train_predictor(
+            train, out / "predictor.pt", steps=steps["predictor"], seed=seed
+        )
+        round_weights(predictor)
+    with clock("language model"):
+        if not (out / "reader" / "metrics.json").exists():
+            gate = 0.97 if scale == 1 else 0.0
+            train_reader(train.answers, out / "reader", seed, steps["reader"], gate=gate)
+    language_model = LlamaForCausalLM.from_pretrained(out / "reader").eval().requires_grad_(False)
+    round_weights(language_model)
+    tokenizer = AutoTokenizer.from_pretrained(out / "reader")
+    bank = QuestionBank.build(tokenizer, FACTS)
+
+    with clock("frozen features"):
+        features = read_features(train, encoder, predictor)
+    tokens = 32 + features.patch_counts
+    width = language_model.config.hidden_size
+    configs = connector_configs(encoder.width, width, round(tokens.mean()))
+    sizes = np.diff(train.offsets)
+    guesses = Guesses.count(train.answers.astype(np.int64), sizes, tokens)
+
+    shipped = out / "shipped"
+    known, asked = _known_drugs(), _first(test, TEST_MOLECULES)
+    results: dict[str, dict] = {}
+    for name, config in configs.items():
+        with clock(name):
+            connector = train_connector(
+                config,
+                features,
+                language_model,
+                bank,
+                out / f"{name}.pt",
+                label=name,
+                steps=steps["connector"],
+                seed=seed,
+            )
+            round_weights(connector)
+        model = MoleculeLM.from_parts(
+            language_model, encoder, connector, predictor, tokenizer=tokenizer
+        )
+        first = name == next(iter(configs))
+        model.save_pretrained(
+            shipped / name, save_frozen=first, frozen_folder=shipped, dtype=HALF
+        )
+        with clock("evaluation"):
+            results[name] = _evaluate(MoleculeLM.from_pretrained(shipped / name), guesses, known, asked)
+    manifest = {
+        "data": json.loads((out / "data.json").read_text()),
+        "seed": seed,
+        "scale": scale,
+        "steps": steps,
+        "seconds": clock.seconds,
+        "versions": _versions(),
+        "mean tokens of EDT-Former": round(float(tokens.mean()), 2),
+        "next-atom surprise, nats": round(surprise(predictor, test), 4),
+        "reading": json.loads((out / "reader" / "metrics.json").read_text())["reading"],
+        "accuracy": results,
+        "guesses": guesses.to_json(),
+    }
+    (shipped / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+@torch.no_grad()
+def round_weights(module: nn.Module) -> None:
+    """Round float weights to what the shipped files hold."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(HALF))
+
+
+def _evaluate(
+    model: MoleculeLM,
+    guesses: Guesses,
+    known: tuple[list[Molecule], np.ndarray],
+    asked: tuple[list[Molecule], np.ndarray],
+) -> dict[str, dict]:
+    """Accuracies by type of the model and of every baseline, on both held-out sets."""
+    result = {}
+    for name, (molecules, truth) in {"known drugs": known, "held-out scaffolds": asked}.items():
+        sizes = np.array([molecule.num_atoms for molecule in molecules])
+        tokens = np.array(model.processor.token_counts(molecules))
+        answers = {
+            "model": answer_questions(model, molecules),
+            "language model without molecule": np.tile(without_molecule(model), (len(truth), 1)),
+            **guesses.answers(sizes, tokens),
+        }
+        result[name] = {
+            who: {kind: asdict(a) for kind, a in accuracies(given, truth).items()}
+            for who, given in answers.items()
+        }
+    return result
+
+
+def _known_drugs() -> tuple[list[Molecule], np.ndarray]:
+    molecules = [read_molecule(smiles) for _, smiles in heldout_molecules()]
+    return molecules, np.stack([answer_ids(molecule) for molecule in molecules])
+
+
+def _first(table: MoleculeTable, count: int) -> tuple[list[Molecule], np.ndarray]:
+    rows = np.arange(min(count, len(table)))
+    return table.molecules(rows), table.answers[rows].astype(np.int64)
+
+
+def _versions() -> dict[str, str]:
+    names = ("edt-kernels", "torch", "transformers", "rdkit", "numpy")
+    return {**{name: version(name) for name in names}, "python": platform.python_version()}
+
+
+class _Clock:
+    """Seconds spent in each step, over all runs of the recipe."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds = json.loads(file.read_text()) if file.exists() else {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = round(self.seconds.get(step, 0) + time.perf_counter() - start, 1)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.seconds))
+        os.replace(partial, self.file)
