@@ -1,10 +1,10 @@
-#include "entropy_rows.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
 #include <optional>
 #include <tuple>
+
+#include "entropy_rows.h"
 
 namespace edt {
 namespace {

@@ -1,9 +1,9 @@
 // Entropy of softmax over rows of logits, on raw pointers.
 #pragma once
 
-#include "isa.h"
-
 #include <cstdint>
+
+#include "isa.h"
 
 namespace edt {
 

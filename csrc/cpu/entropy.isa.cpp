@@ -21,17 +21,13 @@ using Wider = typename Wide<T>::Type;
 template <class W>
 constexpr W kNothing = -__builtin_huge_val();  // a logit of probability 0
 
-// e^x of x <= 0, and x with its lower end cut off, so that 0 x is 0 at -inf. Powers that are not
-// normal numbers become 0: making them takes a hundred cycles, and no sum here notices.
+// x where e^x is not 0, and no infinity elsewhere: e^x x is then 0 at -inf.
 template <class W>
-EDT_INLINE Vec<W> power(Vec<W>& x) {
-  constexpr W lowest = sizeof(W) == 4 ? -87 : -708;
-  const auto vanishes = x < lowest;
-  x = vanishes ? broadcast(lowest) : x;
-  return vanishes ? Vec<W>{} : exp<W>(x);
+EDT_INLINE Vec<W> finite(Vec<W> x) {
+  return max(x, broadcast(Float<W>::kExpMin));
 }
 
-// Calls visit(numbers, at, lanes) for the row's vectors in order. The last one reaches back over
+// Calls visit(numbers) for the row's vectors in order. The last one reaches back over
 // lanes that were visited before, which hold kNothing; a short row is one vector filled up.
 template <class T, class F>
 EDT_INLINE void visit_row(const T* row, int64_t v, F visit) {
@@ -40,14 +36,14 @@ EDT_INLINE void visit_row(const T* row, int64_t v, F visit) {
   if (v < n) {
     T copy[n] = {};
     __builtin_memcpy(copy, row, v * sizeof(T));
-    visit(first<W>(widen(copy), v, kNothing<W>));
+    visit(first<W>(load(copy), v, kNothing<W>));
     return;
   }
   int64_t i = 0;
-  for (; i + n <= v; i += n) visit(widen(row + i));
+  for (; i + n <= v; i += n) visit(load(row + i));
   if (i < v) {
     const auto seen = static_cast<typename Float<W>::Int>(i - (v - n));
-    visit(iota<W>() >= seen ? widen(row + v - n) : broadcast(kNothing<W>));
+    visit(iota<W>() >= seen ? load(row + v - n) : broadcast(kNothing<W>));
   }
 }
 
@@ -63,16 +59,15 @@ EDT_INLINE Wider<T> row_max(const T* row, int64_t v) {
 constexpr int kBlock = 64;
 
 template <class T>
-EDT_INLINE void row_sums(const T* row, int64_t v, Wider<T> top, Wider<T>* total,
-                         Wider<T>* moment) {
+EDT_INLINE void row_sums(const T* row, int64_t v, Wider<T> top, Wider<T>* total, Wider<T>* moment) {
   using W = Wider<T>;
   Vec<W> s{}, t{}, block_s{}, block_t{};
   int in_block = 0;
   visit_row(row, v, [&](Vec<W> x) __attribute__((always_inline)) {
-    Vec<W> shifted = x - top;
-    const Vec<W> weight = power<W>(shifted);
+    const Vec<W> shifted = x - top;
+    const Vec<W> weight = exp<W>(shifted);
     block_s += weight;
-    block_t += weight * shifted;
+    block_t += weight * finite<W>(shifted);
     if (++in_block == kBlock) {
       s += block_s;
       t += block_t;
@@ -118,19 +113,19 @@ void backward(const void* grad, const void* logits, const void* h, const void* t
     const W g = static_cast<const W*>(grad)[r], entropy = static_cast<const W*>(h)[r];
     const W m = static_cast<const W*>(top)[r], log_s = static_cast<const W*>(log_total)[r];
     const auto slope = [=](Vec<W> x) __attribute__((always_inline)) {
-      Vec<W> log_p = x - m - log_s;
-      const Vec<W> p = power<W>(log_p);
-      return -g * p * fma(log_p, broadcast(static_cast<W>(scale)), broadcast(entropy));
+      const Vec<W> log_p = x - m - log_s;
+      return -g * exp<W>(log_p) *
+             fma(finite<W>(log_p), broadcast(static_cast<W>(scale)), broadcast(entropy));
     };
     if (v < n) {
       T copy[n] = {};
       __builtin_memcpy(copy, row, v * sizeof(T));
-      narrow(copy, slope(widen(copy)));
+      store(copy, slope(load(copy)));
       __builtin_memcpy(out, copy, v * sizeof(T));
       continue;
     }
-    for (int64_t i = 0; i + n <= v; i += n) narrow(out + i, slope(widen(row + i)));
-    narrow(out + v - n, slope(widen(row + v - n)));
+    for (int64_t i = 0; i + n <= v; i += n) store(out + i, slope(load(row + i)));
+    store(out + v - n, slope(load(row + v - n)));
   }
 }
 

@@ -1,9 +1,9 @@
-#include "entropy_rows.h"
-#include "patches.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
+
+#include "entropy_rows.h"
+#include "patches.h"
 
 namespace edt {
 namespace {
@@ -27,7 +27,8 @@ Outputs run(const Tensor& logits, const std::vector<int64_t>& offsets, double sc
   const int64_t grain = molecule_grain(rows, static_cast<int64_t>(offsets.size()) - 1, v + 16);
   auto patches = cut_batch<T>(logits, rows, offsets, cut, capacity, grain, reader);
   const int64_t tail = rows - offsets.back();
-  for (const Tensor& x : {h, top, log_total}) std::memset(at(x, offsets.back()), 0, tail * sizeof(T));
+  for (const Tensor& x : {h, top, log_total})
+    std::memset(at(x, offsets.back()), 0, tail * sizeof(T));
   return std::tuple_cat(std::make_tuple(h, top, log_total), patches);
 }
 

@@ -1,20 +1,25 @@
 // The entropy kernels with tensors in hand: which one serves a dtype, and where rows begin.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include "../check.h"
 #include "entropy.h"
-
-#include <torch/csrc/stable/ops.h>
 
 namespace edt {
 
 inline int entropy_dtype(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return 0;
-    case ScalarType::Double: return 1;
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Half: return 3;
-    default: STD_TORCH_CHECK(false, "logits: dtype");
+    case ScalarType::Float:
+      return 0;
+    case ScalarType::Double:
+      return 1;
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Half:
+      return 3;
+    default:
+      STD_TORCH_CHECK(false, "logits: dtype");
   }
 }
 

@@ -1,8 +1,8 @@
-#include "patches.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+
+#include "patches.h"
 
 namespace edt {
 namespace {
@@ -32,19 +32,20 @@ PatchTensors find_patches(const Tensor& entropy, const Tensor& offsets, int64_t 
   const auto begins = read_offsets(offsets, entropy.size(0));
   const Cut cut{static_cast<Rule>(rule), level, min_size, max_size, max_patches};
   switch (entropy.scalar_type()) {
-    case ScalarType::Float: return find<float, float>(entropy, begins, cut, capacity);
-    case ScalarType::Double: return find<double, double>(entropy, begins, cut, capacity);
+    case ScalarType::Float:
+      return find<float, float>(entropy, begins, cut, capacity);
+    case ScalarType::Double:
+      return find<double, double>(entropy, begins, cut, capacity);
     case ScalarType::BFloat16:
       return find<float, torch::headeronly::BFloat16>(entropy, begins, cut, capacity);
     case ScalarType::Half:
       return find<float, torch::headeronly::Half>(entropy, begins, cut, capacity);
-    default: STD_TORCH_CHECK(false, "entropy: dtype");
+    default:
+      STD_TORCH_CHECK(false, "entropy: dtype");
   }
 }
 
 }  // namespace
 }  // namespace edt
 
-STABLE_TORCH_LIBRARY_IMPL(edt, CPU, m) {
-  m.impl("find_patches", TORCH_BOX(&edt::find_patches));
-}
+STABLE_TORCH_LIBRARY_IMPL(edt, CPU, m) { m.impl("find_patches", TORCH_BOX(&edt::find_patches)); }

@@ -1,8 +1,6 @@
 // One molecule cut into patches, and the cuts of a batch put together.
 #pragma once
 
-#include "../check.h"
-
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -12,6 +10,8 @@
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "../check.h"
 
 namespace edt {
 
@@ -73,7 +73,8 @@ class Cutter {
  private:
   void find(const T* h, int64_t n, T threshold) {
     switch (cut_.rule) {
-      case Rule::local_max: return find_peaks(h, n);
+      case Rule::local_max:
+        return find_peaks(h, n);
       case Rule::rising_edge:
         for (int64_t i = 0; i + 1 < n; ++i)
           if (h[i] > threshold && (i == 0 || !(h[i - 1] > threshold))) starts_.push_back(i + 1);
@@ -155,8 +156,8 @@ PatchTensors cut_batch(const Tensor& like, int64_t rows, const std::vector<int64
   Tensor atom_offsets = allocate({capacity + 1}, ScalarType::Long);
   Tensor patch_offsets = allocate({molecules + 1}, ScalarType::Long);
   Tensor count = allocate({}, ScalarType::Long);
-  Tensor threshold = allocate(
-      {molecules}, std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float);
+  Tensor threshold =
+      allocate({molecules}, std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float);
   auto* id = static_cast<int64_t*>(ids.data_ptr());
   auto* atom = static_cast<int64_t*>(atom_offsets.data_ptr());
   auto* patch = static_cast<int64_t*>(patch_offsets.data_ptr());

@@ -25,9 +25,7 @@ Tensor readable(const Tensor& x) {
   return x.size(2) == 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
-Tensor packed(const Tensor& x) {
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
-}
+Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 AttentionRows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 
@@ -49,13 +47,12 @@ ScalarType lse_dtype(ScalarType dtype) {
 
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "ragged_attention: dimensions");
-  const bool shapes = k.size(0) == v.size(0) && k.size(1) == v.size(1) &&
-                      k.size(2) == v.size(2) && q.size(2) == k.size(2) && q.size(2) > 0 &&
-                      k.size(1) > 0 && q.size(1) % k.size(1) == 0;
+  const bool shapes = k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
+                      q.size(2) == k.size(2) && q.size(2) > 0 && k.size(1) > 0 &&
+                      q.size(1) % k.size(1) == 0;
   STD_TORCH_CHECK(shapes, "ragged_attention: shapes");
   const ScalarType dtype = q.scalar_type();
-  STD_TORCH_CHECK(dtype == k.scalar_type() && dtype == v.scalar_type(),
-                  "ragged_attention: dtypes");
+  STD_TORCH_CHECK(dtype == k.scalar_type() && dtype == v.scalar_type(), "ragged_attention: dtypes");
 }
 
 // Scratch of this thread, which grows to the longest molecule that it has seen.
@@ -153,7 +150,8 @@ void zero_tail(const Tensor& x, int64_t begin) {
 }
 
 std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor q_offsets,
-                                            Tensor k_offsets, bool causal, double scale) {
+                                            Tensor k_offsets, bool causal,
+                                            std::optional<double> scale) {
   check_inputs(q, k, v);
   const ScalarType dtype = q.scalar_type();
   const AttentionKernels& kernels = kernels_for(dtype);
@@ -167,7 +165,7 @@ std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor
   x.q = rows_of(q), x.k = rows_of(k), x.v = rows_of(v), x.out = rows_of(out);
   x.lse = lse.data_ptr();
   x.heads = q.size(1), x.kv_heads = k.size(1), x.dim = q.size(2);
-  x.causal = causal, x.scale = scale;
+  x.causal = causal, x.scale = scale.value_or(1 / std::sqrt(static_cast<double>(x.dim)));
   batch.run(kernels, kernels.forward, x, element_bytes(dtype), {x.q});
 
   zero_tail(out, batch.queries());
@@ -178,9 +176,10 @@ std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(
-    Tensor grad, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor lse,
-    Tensor q_offsets, Tensor k_offsets, bool causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(Tensor grad, std::optional<Tensor> grad_lse,
+                                                        Tensor q, Tensor k, Tensor v, Tensor lse,
+                                                        Tensor q_offsets, Tensor k_offsets,
+                                                        bool causal, std::optional<double> scale) {
   check_inputs(q, k, v);
   const ScalarType dtype = q.scalar_type();
   const AttentionKernels& kernels = kernels_for(dtype);
@@ -206,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(
   x.lse = lse.data_ptr();
   x.grad_lse = grad_lse ? grad_lse->data_ptr() : nullptr;
   x.heads = q.size(1), x.kv_heads = k.size(1), x.dim = q.size(2);
-  x.causal = causal, x.scale = scale;
+  x.causal = causal, x.scale = scale.value_or(1 / std::sqrt(static_cast<double>(x.dim)));
   batch.run(kernels, kernels.backward, x, element_bytes(dtype), {x.q, x.grad});
 
   zero_tail(dq, batch.queries());

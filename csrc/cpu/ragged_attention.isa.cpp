@@ -1,7 +1,8 @@
 // Attention of one molecule and head at a time, everything in cache. A block of queries goes
 // through all keys at once, so the softmax sees whole rows and nothing is rescaled:
 //   forward   S = Q K^T,  P = softmax(S),  O = P V
-//   backward  P from S and the lse,  dP = dO V^T,  dS = P (dP - rowsum(P dP) + dlse),
+//   backward  P from S and the lse, normalised again,  dP = dO V^T,  dS = P (dP - rowsum(P dP) +
+//   dlse),
 //             dV = P^T dO,  dQ = dS K,  dK = dS^T Q
 // All seven products are one micro-kernel, C (+)= A B, with B in rows of whole vectors and A read
 // number by number at any strides. Every choice depends on the molecule alone.
@@ -61,8 +62,7 @@ void multiply_tile(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t depth) {
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < COLS; ++j)
-      sum[i][j] = ADD ? load(c.data + i * c.stride + j * W) : Vec<T>{};
+    for (int j = 0; j < COLS; ++j) sum[i][j] = ADD ? load(c.data + i * c.stride + j * W) : Vec<T>{};
 
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> row[COLS];
@@ -332,17 +332,24 @@ void softmax_backward(const Attention& x, const AttentionMolecule& m, int64_t fi
     const T saved = static_cast<const T*>(x.lse)[entry];
     const T lse = saved == -INFINITY ? 0 : saved;
 
-    Vec<T> sum{};
+    // The rounding of a large lse cancels in weight / sum(weight).
+    Vec<T> weights{}, products{};
     for (int64_t j = 0; j < keys; j += W) {
       const Vec<T> logit = first<T>(load(p_row + j) * scale, seen - j, -INFINITY);
-      const Vec<T> p = exp<T>(logit - lse);
-      sum = fma(p, load(dp_row + j), sum);
-      store(p_row + j, p);
+      const Vec<T> weight = exp<T>(logit - lse);
+      weights += weight;
+      products = fma(weight, load(dp_row + j), products);
+      store(p_row + j, weight);
     }
-    T shift = -reduce_sum<T>(sum);
+    const T total = reduce_sum<T>(weights);
+    const T inverse = total == 0 ? 0 : 1 / total;
+    T shift = -reduce_sum<T>(products) * inverse;
     if (x.grad_lse) shift += static_cast<const T*>(x.grad_lse)[entry];
-    for (int64_t j = 0; j < keys; j += W)
-      store(dp_row + j, load(p_row + j) * (load(dp_row + j) + shift) * scale);
+    for (int64_t j = 0; j < keys; j += W) {
+      const Vec<T> p = load(p_row + j) * inverse;
+      store(p_row + j, p);
+      store(dp_row + j, p * (load(dp_row + j) + shift) * scale);
+    }
   }
 }
 

@@ -51,21 +51,20 @@ struct Float<double> {
   static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr double kExpMin = -708, kExpMax = 710;
   // Taylor: the first term left out is below 2^-57.
-  static constexpr double kExp[] = {
-      1 / 6227020800., 1 / 479001600., 1 / 39916800., 1 / 3628800., 1 / 362880., 1 / 40320.,
-      1 / 5040.,       1 / 720.,       1 / 120.,      1 / 24.,      1 / 6.,      1 / 2.};
-  static constexpr double kLog[] = {
-      1.479819860511658591e-01, 1.531383769920937332e-01, 1.818357216161805012e-01,
-      2.222219843214978396e-01, 2.857142874366239149e-01, 3.999999999940941908e-01,
-      6.666666666666735130e-01};
+  static constexpr double kExp[] = {1 / 6227020800., 1 / 479001600., 1 / 39916800., 1 / 3628800.,
+                                    1 / 362880.,     1 / 40320.,     1 / 5040.,     1 / 720.,
+                                    1 / 120.,        1 / 24.,        1 / 6.,        1 / 2.};
+  static constexpr double kLog[] = {1.479819860511658591e-01, 1.531383769920937332e-01,
+                                    1.818357216161805012e-01, 2.222219843214978396e-01,
+                                    2.857142874366239149e-01, 3.999999999940941908e-01,
+                                    6.666666666666735130e-01};
 };
 
 template <class T>
 struct VecTypes {
   typedef T Vec __attribute__((vector_size(kVectorBytes)));
   typedef typename Float<T>::Int Ints __attribute__((vector_size(kVectorBytes)));
-  typedef T Unaligned
-      __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
 };
 
 // bfloat16 is the upper half of a float; there are no vectors of it.
@@ -240,8 +239,7 @@ EDT_INLINE Vec<T> log(Vec<T> x) {
   const Ints<T> shifted = (Ints<T>)x - (Ints<T>)root;
   const Ints<T> k = shifted >> C::kMantissaBits;
   const Vec<T> f = (Vec<T>)((Ints<T>)x - (k << C::kMantissaBits)) - T(1);
-  const Vec<T> exponent =
-      (Vec<T>)(k + (Ints<T>)broadcast(C::kRounder)) - C::kRounder;
+  const Vec<T> exponent = (Vec<T>)(k + (Ints<T>)broadcast(C::kRounder)) - C::kRounder;
 
   const Vec<T> half_square = f * f * T(0.5);
   const Vec<T> s = f / (f + T(2));

@@ -91,4 +91,4 @@ def entropy(logits: Tensor, *, unit: str = "nats") -> Tensor:
     check_logits(logits, unit)
     scale = UNITS[unit]
     h = _Entropy.apply(logits, scale) if needs_grad(logits) else _entropy(logits, scale)[0]
-    return h.to(logits.dtype)
+    return h if h.dtype == logits.dtype else h.to(logits.dtype)

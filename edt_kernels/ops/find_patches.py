@@ -199,9 +199,11 @@ def find_patches(
     _check.offsets("offsets", offsets, entropy)
     cut = options(rule, q, threshold, min_size, max_size, max_patches)
     capacity = cut.capacity(entropy.shape[0], offsets.shape[0] - 1)
+    if entropy.requires_grad:
+        entropy = entropy.detach()
     try:
         ids, atom_offsets, patch_offsets, count, levels = _find_patches(
-            entropy.detach(), offsets, *cut, capacity
+            entropy, offsets, *cut, capacity
         )
     except RuntimeError:
         _check.offsets_content("offsets", offsets, entropy.shape[0])

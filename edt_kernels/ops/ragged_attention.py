@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ def _fake(
     q_offsets: Tensor,
     k_offsets: Tensor,
     causal: bool,
-    scale: float,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
 
@@ -40,7 +38,7 @@ def _fake_bwd(
     q_offsets: Tensor,
     k_offsets: Tensor,
     causal: bool,
-    scale: float,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -54,7 +52,7 @@ def _fake_general(
     q_offsets: Tensor,
     k_offsets: Tensor,
     causal: bool,
-    scale: float,
+    scale: float | None,
     dropout_p: float,
     return_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +79,7 @@ def _fake_general_bwd(
     q_offsets: Tensor,
     k_offsets: Tensor,
     causal: bool,
-    scale: float,
+    scale: float | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pairs = 0 if bias is None else bias.shape[0]
@@ -90,19 +88,19 @@ def _fake_general_bwd(
 
 _attention = define(
     "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_offsets, "
-    "bool causal, float scale) -> (Tensor, Tensor)",
+    "bool causal, float? scale) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
 )
 _attention_bwd = define(
     "ragged_attention_bwd(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor lse, "
-    "Tensor q_offsets, Tensor k_offsets, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor q_offsets, Tensor k_offsets, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
     reference=reference_bwd,
     fake=_fake_bwd,
 )
 _general = define(
     "ragged_attention_general(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? seed, "
-    "Tensor q_offsets, Tensor k_offsets, bool causal, float scale, float dropout_p, "
+    "Tensor q_offsets, Tensor k_offsets, bool causal, float? scale, float dropout_p, "
     "bool return_scores) -> (Tensor, Tensor, Tensor)",
     reference=reference_general,
     fake=_fake_general,
@@ -110,7 +108,7 @@ _general = define(
 _general_bwd = define(
     "ragged_attention_general_bwd(Tensor grad, Tensor? grad_lse, Tensor? grad_scores, Tensor q, "
     "Tensor k, Tensor v, Tensor? bias, Tensor? seed, Tensor lse, Tensor q_offsets, "
-    "Tensor k_offsets, bool causal, float scale, float dropout_p) "
+    "Tensor k_offsets, bool causal, float? scale, float dropout_p) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference_general_bwd,
     fake=_fake_general_bwd,
@@ -227,15 +225,8 @@ def ragged_attention(
     """
     _check_inputs(q, k, v, q_offsets, k_offsets)
     _check_options(q, scale, bias, dropout_p, seed)
-    scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
-    general = (
-        bias is not None
-        or return_scores
-        or dropout_p > 0
-        or q.shape[1] != k.shape[1]
-        or q.dtype == torch.float16
-    )
-    if general:
+    scale = None if scale is None else float(scale)
+    if bias is not None or return_scores or dropout_p > 0 or q.dtype == torch.float16:
         apply = _RaggedAttentionGeneral.apply if needs_grad(q, k, v, bias) else _general
         arguments = (q, k, v, bias, seed, q_offsets, k_offsets, causal, scale)
         arguments = (*arguments, dropout_p, return_scores)

@@ -19,7 +19,8 @@ def entropy(logits: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     total = weight.sum(-1)
     moment = (weight * shifted.masked_fill(shifted == -torch.inf, 0)).sum(-1)
     log_total = total.log()
-    return scale * (log_total - moment / total), top.squeeze(-1), log_total
+    h = scale * (log_total - moment / total)
+    return h.contiguous(), top.squeeze(-1).contiguous(), log_total.contiguous()
 
 
 def entropy_bwd(
@@ -41,7 +42,7 @@ def entropy_bwd(
     if offsets is not None:
         row = torch.arange(logits.shape[0], device=logits.device)
         dlogits = dlogits.masked_fill((row >= offsets[-1]).unsqueeze(-1), 0)
-    return dlogits.to(logits.dtype)
+    return dlogits.to(logits.dtype).contiguous()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -28,9 +28,10 @@ def linear_entropy_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias from logits computed again; [0] for those not needed."""
     rows, wide, wide_bias = _widen(hidden, weight, bias)
-    grad_hidden = torch.empty_like(rows if needed[0] else rows[:0])
-    grad_weight = torch.zeros_like(wide if needed[1] else wide[:0])
-    grad_bias = wide.new_zeros(wide.shape[0] if needed[2] else 0)
+    v, d = weight.shape
+    grad_hidden = rows.new_empty(rows.shape[0] if needed[0] else 0, d)
+    grad_weight = rows.new_zeros(v if needed[1] else 0, d)
+    grad_bias = rows.new_zeros(v if needed[2] else 0)
     grads = _chunks(grad.reshape(-1), wide)
     parts = zip(_chunks(rows, wide), grads, _chunks(grad_hidden, wide), strict=False)
     for x, g, dx in parts:

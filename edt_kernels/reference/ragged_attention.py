@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -40,9 +41,12 @@ def ragged_attention(
     q_offsets: Tensor,
     k_offsets: Tensor,
     causal: bool,
-    scale: float,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v per molecule and head, and the log-sum-exp of the logits."""
+    """softmax(scale q k^T) v per molecule and head, and the log-sum-exp of the logits.
+
+    Without a scale it is 1 / sqrt(D).
+    """
     return ragged_attention_general(
         q, k, v, None, None, q_offsets, k_offsets, causal, scale, 0.0, False
     )[:2]
@@ -58,9 +62,9 @@ def ragged_attention_bwd(
     q_offsets: Tensor,
     k_offsets: Tensor,
     causal: bool,
-    scale: float,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; `lse` as the forward returned it."""
+    """Gradients of q, k and v; `lse` as the forward returned it, which kernels start from."""
     return ragged_attention_general_bwd(
         grad, grad_lse, None, q, k, v, None, None, lse, q_offsets, k_offsets, causal, scale, 0.0
     )[:3]
@@ -75,7 +79,7 @@ def ragged_attention_general(
     q_offsets: Tensor,
     k_offsets: Tensor,
     causal: bool,
-    scale: float,
+    scale: float | None,
     dropout_p: float,
     return_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +123,7 @@ def ragged_attention_general_bwd(
     q_offsets: Tensor,
     k_offsets: Tensor,
     causal: bool,
-    scale: float,
+    scale: float | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the bias (no rows without one).
@@ -135,7 +139,7 @@ def ragged_attention_general_bwd(
             continue
         rows, keys, pairs, shape = molecule
         x = _logits(q, k, bias, molecule, causal, scale, dtype)
-        p = (x - _finite(lse[rows].transpose(0, 1)).unsqueeze(-1)).exp()
+        p, _ = _softmax(x)
         drop = _dropout(seed, x, dropout_p) if dropout_p > 0 else 1.0
         do = _per_head(grad, rows, heads, dtype)
 
@@ -148,8 +152,9 @@ def ragged_attention_general_bwd(
             dscores = grad_scores[pairs].to(dtype).unflatten(0, shape).permute(2, 0, 1)
             dx = dx + (dscores.masked_fill(_hidden(x), 0) if causal else dscores)
 
-        dq[rows] = (scale * dx @ _per_head(k, keys, heads, dtype)).transpose(0, 1).to(q.dtype)
-        dk[keys] = _shared(scale * dx.mT @ _per_head(q, rows, heads, dtype), kv_heads).to(q.dtype)
+        dx_scaled = dx * _scale(q, scale)
+        dq[rows] = (dx_scaled @ _per_head(k, keys, heads, dtype)).transpose(0, 1).to(q.dtype)
+        dk[keys] = _shared(dx_scaled.mT @ _per_head(q, rows, heads, dtype), kv_heads).to(q.dtype)
         dv[keys] = _shared((p * drop).mT @ do, kv_heads).to(q.dtype)
         if bias is not None:
             dbias[pairs] = dx.permute(1, 2, 0).reshape(-1, heads).to(q.dtype)
@@ -173,12 +178,12 @@ def _logits(
     bias: Tensor | None,
     molecule: Molecule,
     causal: bool,
-    scale: float,
+    scale: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
     heads = q.shape[1]
     x = _per_head(q, molecule.queries, heads, dtype) @ _per_head(k, molecule.keys, heads, dtype).mT
-    x = x * scale
+    x = x * _scale(q, scale)
     if bias is not None:
         if molecule.pairs.stop > bias.shape[0]:
             raise ValueError(
@@ -187,6 +192,10 @@ def _logits(
             )
         x = x + bias[molecule.pairs].to(dtype).unflatten(0, molecule.shape).permute(2, 0, 1)
     return x.masked_fill(_hidden(x), -torch.inf) if causal else x
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(q.shape[2]) if scale is None else scale
 
 
 def _hidden(x: Tensor) -> Tensor:

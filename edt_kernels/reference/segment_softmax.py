@@ -21,7 +21,7 @@ def segment_softmax(values: Tensor, offsets: Tensor) -> Tensor:
     top = top.scatter_reduce(0, column(ids, x).expand(x.shape), x, "amax")
     weight = (x - top.masked_fill(top == -torch.inf, 0).index_select(0, ids)).exp()
     total = take(add_rows(weight, ids, segments), ids)
-    return (weight / total.masked_fill(total == 0, 1)).to(values.dtype)
+    return (weight / total.masked_fill(total == 0, 1)).to(values.dtype).contiguous()
 
 
 def segment_softmax_bwd(grad: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
@@ -30,4 +30,5 @@ def segment_softmax_bwd(grad: Tensor, out: Tensor, offsets: Tensor) -> Tensor:
     ids = segment_ids(offsets, out.shape[0])
     y = out.to(accumulation_dtype(out.dtype))
     g = grad.to(y.dtype).masked_fill(column(ids == segments, y), 0)
-    return (y * (g - take(add_rows(y * g, ids, segments), ids))).to(out.dtype)
+    grad_values = y * (g - take(add_rows(y * g, ids, segments), ids))
+    return grad_values.to(out.dtype).contiguous()

@@ -27,7 +27,7 @@ def splice(
     nothing = tokens.new_zeros(1, tokens.shape[1])
     table = torch.cat([tokens, nothing] if new_rows is None else [tokens, new_rows, nothing])
     kept = (source == tokens.shape[0] + added).unsqueeze(-1)
-    return torch.where(kept, embeds, table[source])
+    return torch.where(kept, embeds, table[source]).contiguous()
 
 
 def splice_bwd(
@@ -46,7 +46,7 @@ def splice_bwd(
     source = _sources(token_offsets, slots, new_ids, tokens, added)
     grad_embeds = grad_tokens = grad_rows = grad.new_empty(0)
     if wanted[0]:
-        grad_embeds = grad.masked_fill((source < tokens + added).unsqueeze(-1), 0)
+        grad_embeds = grad.masked_fill((source < tokens + added).unsqueeze(-1), 0).contiguous()
     if wanted[1] or wanted[2]:
         rows = grad.flatten(0, -2).to(accumulation_dtype(grad.dtype))
         table = add_rows(rows, source.flatten(), tokens + added).to(grad.dtype)

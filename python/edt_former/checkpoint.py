@@ -25,7 +25,7 @@ from edt_former.language.frozen import (
     write_weights,
 )
 from edt_former.language.manifest import FrozenPart, Manifest
-from edt_former.processor import PROCESSOR_FILE, MoleculeProcessor
+from edt_former.processor import PROCESSOR_FILE, TOKENIZER_FILE, MoleculeProcessor
 from edt_former.tokens import NextAtomPredictor
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def save_checkpoint(
     model.config.save_pretrained(folder)
     if model.processor is not None:
         beside = parts["language_model"].path
-        has_tokenizer = beside is not None and Path(beside, "tokenizer_config.json").exists()
+        has_tokenizer = beside is not None and Path(beside, TOKENIZER_FILE).exists()
         model.processor.save_pretrained(folder, save_tokenizer=not has_tokenizer)
 
 
@@ -93,7 +93,7 @@ def load_checkpoint(
     model.frozen_parts = parts
     weights = dict(read_weights(folder))
     load_strictly(model, weights, source=folder, names=trained_names(model))
-    model.processor = _load_processor(folder, model)
+    model.processor = _load_processor(folder, manifest, model)
     return model.eval()
 
 
@@ -186,12 +186,14 @@ def _load_frozen(name: str, folder: Path, dtype: torch.dtype | None) -> nn.Modul
     return model
 
 
-def _load_processor(folder: Path, model: MoleculeLM) -> MoleculeProcessor | None:
+def _load_processor(
+    folder: Path, manifest: Manifest, model: MoleculeLM
+) -> MoleculeProcessor | None:
     if not (folder / PROCESSOR_FILE).exists():
         return None
-    here = (folder / "tokenizer_config.json").exists()
-    beside = model.frozen_parts["language_model"].path
-    if not here and beside is None:
+    beside = (model.frozen_parts["language_model"], manifest.parts["language_model"])
+    places = [folder, *(Path(part.path) for part in beside if part.path is not None)]
+    tokenizer = next((place for place in places if (place / TOKENIZER_FILE).exists()), None)
+    if tokenizer is None:
         return None
-    tokenizer = folder if here else beside
     return MoleculeProcessor.from_pretrained(folder, tokenizer=tokenizer, predictor=model.predictor)

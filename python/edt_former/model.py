@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import edt_kernels
-from edt_former.checkpoint import FROZEN_PARTS, load_checkpoint, save_checkpoint
+from edt_former.checkpoint import FROZEN_PARTS, load_checkpoint, save_checkpoint, trained_names
 from edt_former.config import MoleculeConfig
 from edt_former.connectors import Connector, MoleculeTokens, make_connector
 from edt_former.graph import GraphBatch, GraphEncoder, make_encoder
@@ -33,6 +33,9 @@ from edt_former.processor import (
     read_all,
 )
 from edt_former.tokens import NextAtomPredictor, pack_patches
+
+if TYPE_CHECKING:
+    from typing import Self
 
 ROWS_OF_THE_MEAN = 1024
 
@@ -99,6 +102,12 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         self._freeze()
         self.generation_config = language_model.generation_config
         self.post_init()
+        # What a Trainer misses in a checkpoint when it resumes; BatchNorm never misses its counter.
+        self._keys_to_ignore_on_save = {
+            name
+            for name in set(self.state_dict()) - set(trained_names(self))
+            if not name.endswith("num_batches_tracked")
+        }
 
     @classmethod
     def from_parts(

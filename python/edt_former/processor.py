@@ -7,12 +7,18 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from edt_former.chem import (
     Invalid,
@@ -30,8 +36,12 @@ from edt_former.language.prompt import Message, ask, render
 from edt_former.tokens import NextAtomPredictor, PatchOptions, pack_patches, unpack_patches
 from edt_kernels import Patches
 
+if TYPE_CHECKING:
+    from typing import Self
+
 IGNORED_LABEL = -100
 PROCESSOR_FILE = "processor.json"
+TOKENIZER_FILE = "tokenizer_config.json"
 
 
 class PatchSets:
@@ -91,7 +101,7 @@ def find_patch_sets(
     for source in options.sources:
         if source == "entropy":
             _, found = predictor.patches(graph.elements, graph.offsets, **options.cutting())
-            sets[source] = found
+            sets[source] = found.trim()
         else:
             sets[source] = pack_patches([_fragments(molecule) for molecule in molecules])
     return PatchSets(sets).to(graph.offsets.device)
@@ -156,6 +166,18 @@ def _graph_data(data: Any) -> Molecule | Invalid:
         bond_features=bonds[order].astype(np.int64),
         order=np.arange(len(x)),
     )
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, of the class that its files name.
+
+    `AutoTokenizer` alone can prefer the usual class of the language model beside it, which splits
+    words in its own way whatever `tokenizer.json` says.
+    """
+    config = json.loads((Path(folder) / TOKENIZER_FILE).read_text())
+    if config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 class MoleculeProcessor:
@@ -347,10 +369,10 @@ class MoleculeProcessor:
         content = json.loads((folder / PROCESSOR_FILE).read_text())
         config = content["connector_config"]
         if tokenizer is None:
-            here = (folder / "tokenizer_config.json").exists()
+            here = (folder / TOKENIZER_FILE).exists()
             tokenizer = folder if here else Manifest.read(folder).folder("language_model")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = load_tokenizer(tokenizer)
         if predictor is None and content["predictor"]:
             predictor = Manifest.read(folder).folder("predictor")
         if isinstance(predictor, Path | str):

@@ -46,6 +46,15 @@ LANGUAGE_MODELS = {
     "gemma2": lambda: Gemma2Config(**BLOCK, head_dim=8),
     "gemma3": lambda: Gemma3TextConfig(**BLOCK, head_dim=8),
     "granite": lambda: GraniteConfig(**BLOCK, embedding_multiplier=3.0),
+    "falcon_h1": lambda: FalconH1Config(
+        **BLOCK,
+        mamba_d_ssm=16,
+        mamba_n_heads=2,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        embedding_multiplier=3.0,
+    ),
 }
 CONNECTORS = {
     "edt_former": {"name": "edt_former", "num_queries": 2},

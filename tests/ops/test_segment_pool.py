@@ -201,6 +201,22 @@ def test_the_number_of_threads_changes_no_bit():
         assert torch.equal(one, two)
 
 
+def test_one_wide_row_has_the_same_bits_alone_on_any_number_of_threads():
+    values, offsets, _, weight = batch((1, 3), (40_000,), tail=0, dtype=torch.float32)
+    g = torch.randn(2, 40_000, generator=torch.Generator().manual_seed(1))
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for size in (1, 2):
+            rows = offsets[size]
+            leaf = weight[:rows].clone().requires_grad_()
+            out = segment_pool(values[:rows], offsets[: size + 1], weight=leaf)
+            found.append(torch.autograd.grad(out, leaf, g[:size])[0][:1])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 @pytest.mark.parametrize(("reduce", "ordered", "weighted"), VARIANTS)
 def test_nan_in_the_tail_does_not_spread(reduce, ordered, weighted):
     values, offsets, order, weight = batch()

@@ -95,6 +95,7 @@ def test_opcheck():
     values, offsets = batch(dtype=torch.float32)
     for x in (values, values.t().contiguous().t()):
         torch.library.opcheck(torch.ops.edt.segment_softmax.default, (x, offsets))
+        assert segment_softmax(x, offsets).is_contiguous()
         args = (x, segment_softmax(x, offsets), offsets)
         torch.library.opcheck(torch.ops.edt.segment_softmax_bwd.default, args)
 

@@ -148,6 +148,7 @@ def test_opcheck():
     for x in (embeds, permuted):
         args = (x, tokens, offsets, slots, new_rows, new_ids)
         torch.library.opcheck(torch.ops.edt.splice.default, args)
+        assert splice(*args[:4]).is_contiguous()
         torch.library.opcheck(torch.ops.edt.splice.default, (*args[:4], None, None))
         for wanted in ([True, True, True], [False, True, False]):
             args = (x, offsets, slots, new_ids, len(tokens), len(new_rows), wanted)

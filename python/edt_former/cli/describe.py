@@ -22,14 +22,19 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="QUESTION",
         help="a question, may be repeated; without one, all that the model knows are asked",
     )
-    parser.add_argument("--connector", default="edt_former", help="edt_former (default), qformer_32")
-    parser.add_argument("--model", metavar="DIR", help="a saved MoleculeLM instead of the shipped one")
+    parser.add_argument(
+        "--connector", default="edt_former", help="edt_former (default), qformer_32"
+    )
+    parser.add_argument(
+        "--model", metavar="DIR", help="a saved MoleculeLM instead of the shipped one"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the molecule's size and the answers."""
     from edt_former.chem import Invalid, read_molecule
+    from edt_former.model import MoleculeLM
     from edt_former.report.table import table
     from edt_former.shipped import load
     from edt_former.tasks.questions import FACTS, facts, match_question, parse_answer
@@ -37,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     molecule = read_molecule(args.smiles)
     if isinstance(molecule, Invalid):
         raise ValueError(f"SMILES {molecule.source!r} cannot be read: {molecule.reason}")
-    model, processor = load(args.connector, folder=args.model)
+    model = MoleculeLM.from_pretrained(args.model) if args.model else load(args.connector)
     questions = args.ask or [fact.phrasings[0] for fact in FACTS]
-    answers = model.answer([molecule] * len(questions), questions, processor=processor)
+    answers = model.answer(molecule, questions)
     truth = facts(molecule)
-    tokens = processor.token_counts([molecule])[0]
+    tokens = model.processor.token_counts([molecule])[0]
     rows = []
     for question, answer in zip(questions, answers, strict=True):
         key = match_question(question)

@@ -21,7 +21,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "model and connectors. Resumes where it was stopped.",
         epilog="example: edt train tiny --data smiles_corpora --out runs/tiny",
     )
-    tiny.add_argument("--data", type=Path, required=True, metavar="DIR", help="files of ZINC SMILES")
+    tiny.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="files of ZINC SMILES"
+    )
     tiny.add_argument("--out", type=Path, default=Path("runs/tiny"), metavar="DIR")
     tiny.add_argument("--seed", type=int, default=0)
     tiny.add_argument("--processes", type=int, default=2, help="for reading molecules")
@@ -36,7 +38,5 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0 < args.scale <= 1:
         raise ValueError(f"--scale must be in (0, 1], got {args.scale}")
-    run_recipe(
-        args.data, args.out, seed=args.seed, processes=args.processes, scale=args.scale
-    )
+    run_recipe(args.data, args.out, seed=args.seed, processes=args.processes, scale=args.scale)
     return 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from edt_former.graph.batch import GraphBatch
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class GraphFeatures(NamedTuple):

@@ -6,9 +6,12 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING
 
 from edt_former.language.frozen import write_json
+
+if TYPE_CHECKING:
+    from typing import Self
 
 MANIFEST = "manifest.json"
 

@@ -105,4 +105,6 @@ def _compare(ragged: Tensor, queries: Rows, padded: Tensor) -> None:
     real = torch.arange(padded.shape[1]) < lengths[:, None]
     error = float((padded[real] - ragged).abs().max())
     if error > 1e-3:
-        raise RuntimeError(f"padded and ragged connector must agree to 1e-3, they differ by {error}")
+        raise RuntimeError(
+            f"padded and ragged connector must agree to 1e-3, they differ by {error}"
+        )

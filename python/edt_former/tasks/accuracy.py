@@ -69,7 +69,9 @@ def _balanced(weights: np.ndarray, right: np.ndarray, truth: np.ndarray) -> np.n
     for value in (0, 1):
         members = truth == value
         count = weights @ members
-        shares.append(np.where(count > 0, weights @ (right & members) / np.maximum(count, 1), np.nan))
+        shares.append(
+            np.where(count > 0, weights @ (right & members) / np.maximum(count, 1), np.nan)
+        )
     one_alone = np.where(np.isnan(shares[0]), shares[1], shares[0])
     return np.where(np.isnan(shares[0] + shares[1]), one_alone, (shares[0] + shares[1]) / 2)
 

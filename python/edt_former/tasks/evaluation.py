@@ -17,7 +17,11 @@ LONGEST_ANSWER = 8
 
 
 def answer_questions(
-    model: MoleculeLM, molecules: Sequence[Molecule], *, batch_size: int = 256, progress: bool = True
+    model: MoleculeLM,
+    molecules: Sequence[Molecule],
+    *,
+    batch_size: int = 256,
+    progress: bool = True,
 ) -> np.ndarray:
     """What `model` answers to every fact's canonical question about every molecule.
 

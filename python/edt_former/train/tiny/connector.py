@@ -96,7 +96,9 @@ def read_features(
         opens = torch.zeros(graph.num_atoms, dtype=torch.bool)
         opens[patches.trim().atom_offsets[:-1]] = True
         starts.append(opens.numpy())
-    return FeatureTable(np.concatenate(values), table.offsets, np.concatenate(starts), table.answers)
+    return FeatureTable(
+        np.concatenate(values), table.offsets, np.concatenate(starts), table.answers
+    )
 
 
 def train_connector(
@@ -104,43 +106,119 @@ def train_connector(
     features: FeatureTable,
     language_model: PreTrainedModel,
     bank: QuestionBank,
-    checkpoint: Path,
+    folder: Path,
     *,
     label: str,
-    steps: int,
+    steps: tuple[int, int],
     seed: int,
     lr: float = 1e-3,
-    batch: int = 64,
-    questions: int = 8,
 ) -> Connector:
     """Teach a connector to write tokens from which the frozen language model answers.
 
-    The loss is the language model's cross-entropy on answers, nothing else. Types of question
-    are drawn equally often, and the two truths of a functional group too.
+    Stage 1 aligns without running the language model: query i of the first `len(FACTS)` learns to
+    write the embeddings of fact i's key and true answer. Stage 2 is the language model's
+    cross-entropy on answers, nothing else. Both see the truths of the questions on training
+    molecules. Types of question weigh the same, and so do the two truths of a functional group.
+
+    Args:
+        config: of the connector.
+        features: of the training molecules.
+        language_model: frozen.
+        bank: its questions.
+        folder: gets a checkpoint per stage.
+        label: names the progress bars and the checkpoints.
+        steps: of stage 1 and stage 2.
+        seed: of weights and batches.
+        lr: of stage 1; stage 2 takes half.
     """
     torch.manual_seed(seed)
     connector = make_connector(config)
-    odds = question_odds(features.answers)
-
-    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = rng.choice(len(features), batch, replace=False)
-        known = torch.from_numpy(features.answers[rows].astype(np.int64))
-        lots = odds[torch.arange(len(FACTS)), known].log() + torch.from_numpy(rng.gumbel(size=known.shape))
-        facts = lots.topk(questions).indices
-        chance = torch.from_numpy(rng.random(facts.shape))
-        phrasings = (chance * bank.num_phrasings[facts]).long()
-        tokens = connector(*features.batch(rows))
-        embedding = language_model.get_input_embeddings()
-        packed = pack_questions(
-            embedding, bank, tokens.values, tokens.offsets, facts, phrasings, known.gather(1, facts)
+    align = _Alignment(connector, features, language_model.get_input_embeddings().weight, bank)
+    answer = _Answering(connector, features, language_model, bank)
+    for stage, (loss, count) in enumerate(zip((align, answer), steps, strict=True), start=1):
+        fit(
+            connector,
+            loss,
+            label=f"{label}, stage {stage}",
+            checkpoint=folder / f"{label}.stage{stage}.pt",
+            steps=count,
+            lr=lr / stage,
+            seed=seed + stage,
         )
-        logits, true = reply_logits(language_model, packed)
+    return connector.eval().requires_grad_(False)
+
+
+class _Alignment:
+    """Stage 1: tokens against the language model's embeddings of facts."""
+
+    BATCH, SHARPNESS = 64, 6.0
+
+    def __init__(
+        self, connector: Connector, features: FeatureTable, embedding: Tensor, bank: QuestionBank
+    ) -> None:
+        self.connector, self.features = connector, features
+        self.keys = _per_unit(embedding[bank.keys])
+        self.answers = _per_unit(embedding[bank.answers])
+        columns = torch.arange(bank.answers.shape[1])
+        self.allowed = columns < bank.num_answers[:, None]
+        self.weights = question_odds(features.answers)
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = rng.choice(len(self.features), self.BATCH, replace=False)
+        truth = torch.from_numpy(self.features.answers[rows].astype(np.int64))
+        tokens = self.connector(*self.features.batch(rows))
+        facts = torch.arange(len(FACTS))
+        written = tokens.values[tokens.offsets[:-1, None] + facts]
+        logits = self.SHARPNESS * torch.einsum("bfd,fad->bfa", written, self.answers)
+        logits = logits.masked_fill(~self.allowed, -torch.inf)
+        nats = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none")
+        key = torch.einsum("bfd,fd->bf", written, self.keys)
+        weight = self.weights[facts, truth]
+        value = (weight * (nats + (key - 1).square())).sum() / weight.sum()
+        right = (logits.argmax(-1) == truth).float().mean()
+        return value, {"nats": nats.mean().item(), "right": right.item()}
+
+
+class _Answering:
+    """Stage 2: the language model's answers."""
+
+    BATCH, QUESTIONS = 32, 8
+
+    def __init__(
+        self,
+        connector: Connector,
+        features: FeatureTable,
+        language_model: PreTrainedModel,
+        bank: QuestionBank,
+    ) -> None:
+        self.connector, self.features = connector, features
+        self.language_model, self.bank = language_model, bank
+        self.odds = question_odds(features.answers).log()
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = rng.choice(len(self.features), self.BATCH, replace=False)
+        known = torch.from_numpy(self.features.answers[rows].astype(np.int64))
+        lots = self.odds[torch.arange(len(FACTS)), known] + torch.from_numpy(
+            rng.gumbel(size=known.shape)
+        )
+        facts = lots.topk(self.QUESTIONS).indices
+        chance = torch.from_numpy(rng.random(facts.shape))
+        phrasings = (chance * self.bank.num_phrasings[facts]).long()
+        tokens = self.connector(*self.features.batch(rows))
+        embedding = self.language_model.get_input_embeddings()
+        answers = known.gather(1, facts)
+        packed = pack_questions(
+            embedding, self.bank, tokens.values, tokens.offsets, facts, phrasings, answers
+        )
+        logits, true = reply_logits(self.language_model, packed)
         value = F.cross_entropy(logits.flatten(0, 2), true.flatten())
         right = (logits[:, :, 1].argmax(-1) == true[:, :, 1]).float().mean()
         return value, {"nats": value.item(), "right": right.item()}
 
-    fit(connector, loss, label=label, checkpoint=checkpoint, steps=steps, lr=lr, seed=seed)
-    return connector.eval().requires_grad_(False)
+
+def _per_unit(rows: Tensor) -> Tensor:
+    """Directions whose product with a multiple of a row is that multiple."""
+    return rows.detach() / rows.detach().square().sum(-1, keepdim=True)
 
 
 def question_odds(answers: np.ndarray) -> Tensor:

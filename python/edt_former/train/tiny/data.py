@@ -151,7 +151,9 @@ def prepare(data: Path, folder: Path, *, seed: int, processes: int, scale: float
     """
     missing = [name for name in SOURCES if not (data / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{data} must hold {', '.join(SOURCES)}; missing: {', '.join(missing)}")
+        raise FileNotFoundError(
+            f"{data} must hold {', '.join(SOURCES)}; missing: {', '.join(missing)}"
+        )
     rng = random.Random(seed)
     drawn = []
     for name, count in SOURCES.items():
@@ -159,8 +161,12 @@ def prepare(data: Path, folder: Path, *, seed: int, processes: int, scale: float
         drawn += rng.sample(smiles, min(len(smiles), int(count * scale)))
     jobs = [("drawn", text) for text in drawn]
     jobs += [("piece", rng.choice(drawn)) for _ in range(int(PIECES * scale))]
-    jobs += [("pair", f"{rng.choice(drawn)} {rng.choice(drawn)}") for _ in range(int(PAIRS * scale))]
-    jobs += [("salt", f"{rng.choice(drawn)} {rng.choice(drawn)}") for _ in range(int(SALTS * scale))]
+    jobs += [
+        ("pair", f"{rng.choice(drawn)} {rng.choice(drawn)}") for _ in range(int(PAIRS * scale))
+    ]
+    jobs += [
+        ("salt", f"{rng.choice(drawn)} {rng.choice(drawn)}") for _ in range(int(SALTS * scale))
+    ]
     jobs = [(kind, text, rng.random()) for kind, text in jobs]
 
     records: dict[str, list] = {"train": [], "test": []}
@@ -266,7 +272,17 @@ def _pair(smiles: str, rng: random.Random) -> str | None:
     return Chem.MolToSmiles(joined)
 
 
-_COUNTERIONS = ("[Na+]", "[K+]", "[Cl-]", "Cl", "[Br-]", "O", "[Ca+2]", "OS(=O)(=O)O", "CS(=O)(=O)O")
+_COUNTERIONS = (
+    "[Na+]",
+    "[K+]",
+    "[Cl-]",
+    "Cl",
+    "[Br-]",
+    "O",
+    "[Ca+2]",
+    "OS(=O)(=O)O",
+    "CS(=O)(=O)O",
+)
 
 
 def _salt(smiles: str, rng: random.Random) -> str:

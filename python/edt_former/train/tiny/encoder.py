@@ -16,7 +16,7 @@ from edt_former.graph.encoder import GraphEncoder, make_encoder
 from edt_former.train.tiny.data import MoleculeTable
 from edt_former.train.tiny.loop import fit
 
-CONFIG = {"name": "gin", "layers": 5, "width": 192}
+CONFIG = {"name": "gin", "layers": 5, "width": 128}
 
 MASKED = {0: ATOM_FEATURE_SIZES[0] - 1, 4: ATOM_FEATURE_SIZES[4] - 1, 6: ATOM_FEATURE_SIZES[6] - 1}
 """Columns of the atom features that are hidden and guessed (atomic number, hydrogens,
@@ -61,7 +61,7 @@ class _Pretraining(nn.Module):
 
 
 def train_encoder(
-    table: MoleculeTable, checkpoint: Path, *, steps: int, seed: int, batch: int = 128
+    table: MoleculeTable, checkpoint: Path, *, steps: int, seed: int, batch: int = 64
 ) -> GraphEncoder:
     """Guess hidden atoms and the targets of `SELF_SUPERVISED`; returns the encoder, frozen."""
     torch.manual_seed(seed)

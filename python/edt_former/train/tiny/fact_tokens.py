@@ -39,7 +39,7 @@ class FactNoise:
     """
 
     missing: float = 0.5
-    empty: float = 0.04
+    empty: float = 0.08
     redrawn: float = 0.3
     blend: float = 0.12
     leak: float = 0.3

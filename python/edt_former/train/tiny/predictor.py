@@ -16,7 +16,7 @@ CONFIG = {"layers": 2, "heads": 2, "width": 128, "positions": 512}
 
 
 def train_predictor(
-    table: MoleculeTable, checkpoint: Path, *, steps: int, seed: int, batch: int = 128
+    table: MoleculeTable, checkpoint: Path, *, steps: int, seed: int, batch: int = 64
 ) -> NextAtomPredictor:
     """Guess each atom from those before it, in the order of the canonical SMILES."""
     torch.manual_seed(seed)
@@ -27,7 +27,15 @@ def train_predictor(
         value = model.loss(graph.elements, graph.offsets)
         return value, {"nats": float(value)}
 
-    fit(model, loss, label="next-atom predictor", checkpoint=checkpoint, steps=steps, lr=1e-3, seed=seed)
+    fit(
+        model,
+        loss,
+        label="next-atom predictor",
+        checkpoint=checkpoint,
+        steps=steps,
+        lr=1e-3,
+        seed=seed,
+    )
     return model.eval().requires_grad_(False)
 
 

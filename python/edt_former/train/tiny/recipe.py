@@ -34,7 +34,7 @@ from edt_former.train.tiny.packing import QuestionBank
 from edt_former.train.tiny.predictor import surprise, train_predictor
 from edt_former.train.tiny.reader import train_reader
 
-STEPS = {"encoder": 1000, "predictor": 600, "reader": 500, "connector": 3000}
+STEPS = {"encoder": 800, "predictor": 600, "reader": 500, "stage 1": 2500, "stage 2": 500}
 HALF = torch.float16
 """Of the weights on disk. Frozen parts are rounded before anything is trained against them."""
 
@@ -106,9 +106,9 @@ def run_recipe(
                 features,
                 language_model,
                 bank,
-                out / f"{name}.pt",
+                out,
                 label=name,
-                steps=steps["connector"],
+                steps=(steps["stage 1"], steps["stage 2"]),
                 seed=seed,
             )
             round_weights(connector)
@@ -116,11 +116,11 @@ def run_recipe(
             language_model, encoder, connector, predictor, tokenizer=tokenizer
         )
         first = name == next(iter(configs))
-        model.save_pretrained(
-            shipped / name, save_frozen=first, frozen_folder=shipped, dtype=HALF
-        )
+        model.save_pretrained(shipped / name, save_frozen=first, frozen_folder=shipped, dtype=HALF)
         with clock("evaluation"):
-            results[name] = _evaluate(MoleculeLM.from_pretrained(shipped / name), guesses, known, asked)
+            results[name] = _evaluate(
+                MoleculeLM.from_pretrained(shipped / name), guesses, known, asked
+            )
     manifest = {
         "data": json.loads((out / "data.json").read_text()),
         "seed": seed,

@@ -1,0 +1,104 @@
+"""Molecules of a file with the model's answers; rows that cannot be read stay, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from edt_former.chem import Invalid, Molecule, read_molecule
+from edt_former.model import MoleculeLM
+from edt_former.tasks.questions import FACT_BY_KEY, facts, parse_answer
+
+
+@dataclass(frozen=True)
+class AnsweredRow:
+    """One row of a file.
+
+    Attributes:
+        name: as the file gives it, or the SMILES.
+        smiles: as the file gives it.
+        reason: why the row could not be answered, "" where it could.
+        atoms: heavy atoms.
+        tokens: in the prompt.
+        patches: of these tokens, how many stand for patches.
+        answers: by key; truth: by key, computed by RDKit.
+    """
+
+    name: str
+    smiles: str
+    reason: str = ""
+    atoms: int = 0
+    tokens: int = 0
+    patches: int = 0
+    answers: dict[str, str] | None = None
+    truth: dict[str, str] | None = None
+
+
+def answer_rows(
+    model: MoleculeLM, rows: Iterable[tuple[str, str]], keys: tuple[str, ...], *, chunk: int = 64
+) -> Iterator[AnsweredRow]:
+    """Ask about each (name, SMILES), in order; only `chunk` molecules are in memory at a time.
+
+    Args:
+        model: with its processor.
+        rows: for instance `edt_former.chem.read_file(path)`.
+        keys: of the facts to ask for, see `edt_former.tasks.questions.FACTS`.
+    """
+    rows = iter(rows)
+    while block := list(islice(rows, chunk)):
+        read = [(name, smiles, _read(model, smiles)) for name, smiles in block]
+        molecules = [m for _, _, m in read if isinstance(m, Molecule)]
+        answered = iter(_answer(model, molecules, keys)) if molecules else iter(())
+        for name, smiles, molecule in read:
+            shown = name or smiles
+            if isinstance(molecule, Invalid):
+                yield AnsweredRow(shown, smiles, reason=molecule.reason)
+            else:
+                tokens, answers = next(answered)
+                yield AnsweredRow(
+                    shown,
+                    smiles,
+                    atoms=molecule.num_atoms,
+                    tokens=tokens,
+                    patches=tokens - model.connector.config["num_queries"],
+                    answers=answers,
+                    truth={key: facts(molecule)[key] for key in keys},
+                )
+
+
+def _read(model: MoleculeLM, smiles: str) -> Molecule | Invalid:
+    """A molecule that fits the model's prompt, or the reason why not."""
+    molecule = read_molecule(smiles)
+    if isinstance(molecule, Invalid):
+        return molecule
+    tokens, room = model.processor.token_counts([molecule])[0], model.max_positions
+    if room is not None and tokens + LONGEST_QUESTION > room:
+        return Invalid(smiles, f"takes {tokens} tokens, the language model reads {room}")
+    return molecule
+
+
+LONGEST_QUESTION = 64
+"""Tokens of a question and its answer."""
+
+
+def _answer(
+    model: MoleculeLM, molecules: list[Molecule], keys: tuple[str, ...]
+) -> list[tuple[int, dict[str, str]]]:
+    counts = model.processor.token_counts(molecules)
+    texts = model.answer(
+        [molecule for molecule in molecules for _ in keys],
+        [FACT_BY_KEY[key].phrasings[0] for _ in molecules for key in keys],
+        batch_size=256,
+        max_new_tokens=8,
+    )
+    answers = []
+    for i, count in enumerate(counts):
+        said = texts[i * len(keys) : (i + 1) * len(keys)]
+        answers.append((count, {k: _value(t, k) for k, t in zip(keys, said, strict=True)}))
+    return answers
+
+
+def _value(text: str, key: str) -> str:
+    said = parse_answer(text)
+    return said[1] if said is not None and said[0] == key else text

@@ -1,0 +1,47 @@
+"""The small models that ship with the package."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from edt_former.model import MoleculeLM
+
+FROZEN = ("language_model", "graph_encoder", "predictor")
+
+
+def folder() -> Path:
+    """Where the shipped models are."""
+    return Path(str(files("edt_former.assets"))) / "tiny"
+
+
+def connectors() -> list[str]:
+    """Names of the shipped connectors, EDT-Former first.
+
+    >>> connectors()[0]
+    'edt_former'
+    """
+    found = (path.name for path in folder().glob("*/manifest.json"))
+    return sorted(found, key=lambda name: (name != "edt_former", name))
+
+
+def manifest() -> dict[str, Any]:
+    """How the shipped models were made, and how well they answer."""
+    return json.loads((folder() / "manifest.json").read_text())
+
+
+def load(connector: str = "edt_former") -> MoleculeLM:
+    """A shipped model with its processor; see `connectors`.
+
+    Raises:
+        ValueError: no such connector.
+
+    >>> load().answer("c1ccccc1", "How many aromatic rings does the molecule have?")
+    ['aromatic rings: 1']
+    """
+    if connector not in connectors():
+        known = ", ".join(map(repr, connectors()))
+        raise ValueError(f"connector must be one of {known}, got {connector!r}")
+    return MoleculeLM.from_pretrained(folder() / connector)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from edt_former.language.manifest import FrozenPart, Manifest
+
+
+def test_paths_are_relative_on_disk_and_absolute_in_memory(tmp_path):
+    root, part = tmp_path / "a" / "connector", tmp_path / "a" / "llm"
+    root.mkdir(parents=True)
+    part.mkdir()
+    parts = {
+        "language_model": FrozenPart("ab", str(part), "tiny", ("table",)),
+        "predictor": FrozenPart("cd"),
+    }
+    Manifest(root, parts).write()
+    on_disk = json.loads((root / "manifest.json").read_text())["parts"]
+    assert on_disk["language_model"]["path"] == "../llm"
+    assert on_disk["predictor"]["path"] is None
+    read = Manifest.read(root)
+    assert read.parts == parts
+    assert read.folder("language_model") == part
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = Manifest.read(tmp_path / "b" / "connector")
+    assert moved.folder("language_model") == tmp_path / "b" / "llm"
+
+
+def test_a_part_that_is_nowhere_is_asked_for(tmp_path):
+    parts = {"predictor": FrozenPart("cd"), "graph_encoder": FrozenPart("ef", str(tmp_path / "x"))}
+    manifest = Manifest(tmp_path, parts)
+    with pytest.raises(FileNotFoundError, match=r"predictor= is needed: .* does not say"):
+        manifest.folder("predictor")
+    with pytest.raises(FileNotFoundError, match=r"graph_encoder= is needed: .* no folder"):
+        manifest.folder("graph_encoder")
