@@ -9,6 +9,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 NATIVE = os.environ.get("EDT_NATIVE", "")  # 1: must build, 0: never, unset: where it can
@@ -28,14 +29,18 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         torch = torch_folder()
         if torch is None:
-            raise RuntimeError("the native module needs torch's headers: install torch first")
+            raise CompileError("the native module needs torch's headers: install torch first")
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = ROOT / self.build_temp
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DTORCH_FOLDER={torch}"]
         python = sysconfig.get_path("include")
         configure += [f"-DPYTHON_INCLUDE={python}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}"]
-        subprocess.run(configure, check=True, stdout=sys.stderr)
-        subprocess.run(["cmake", "--build", build], check=True, stdout=sys.stderr)
+        try:
+            subprocess.run(configure, check=True, stdout=sys.stderr)
+            subprocess.run(["cmake", "--build", build], check=True, stdout=sys.stderr)
+        except (OSError, subprocess.CalledProcessError) as error:
+            # What an optional extension may fail with.
+            raise CompileError(f"CMake did not build the native module: {error}") from error
 
 
 native = Extension("edt_kernels._C", [], py_limited_api=True, optional=NATIVE != "1")

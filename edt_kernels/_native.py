@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -23,7 +25,7 @@ def load() -> None:
     try:
         module = importlib.import_module("edt_kernels._C")
     except ImportError as error:
-        _failure = f"edt_kernels._C is not there: {error}"
+        _failure = f"edt_kernels._C cannot be loaded: {error}"
         warnings.warn(
             f"edt_kernels runs on its slower torch reference path ({_failure}). "
             "Install a C++ compiler and run `EDT_NATIVE=1 pip install -e .` to see what fails.",
@@ -32,7 +34,10 @@ def load() -> None:
         )
         return
     library = ctypes.CDLL(module.__file__)
-    library.edt_cpu_isa.restype = ctypes.c_char_p
+    library.edt_sources.restype = library.edt_cpu_isa.restype = ctypes.c_char_p
+    sources = Path(__file__).parents[1] / "csrc"
+    if sources.is_dir() and library.edt_sources().decode() != _hash(sources):
+        raise RuntimeError(f"{module.__file__} is not built from {sources}: run pip install -e .")
     _isa = library.edt_cpu_isa().decode()
     wanted = os.environ.get("EDT_CPU_ISA")
     if wanted and wanted != _isa:
@@ -40,6 +45,14 @@ def load() -> None:
             f"EDT_CPU_ISA must name a level that this machine has, of {', '.join(ISA_NAMES)}; "
             f"got {wanted!r}, the best here is {_isa!r}"
         )
+
+
+def _hash(sources: Path) -> str:
+    """Of the files that the native module is built from, as CMakeLists.txt computes it."""
+    files = [*sources.glob("*.cpp"), *sources.glob("*.h"), *sources.glob("cpu/*")]
+    names = sorted(files, key=lambda file: file.relative_to(sources).as_posix())
+    digests = (hashlib.sha256(file.read_bytes()).hexdigest() for file in names)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def build_info() -> dict[str, object]:

@@ -41,3 +41,5 @@ Isa active_isa() {
 extern "C" __attribute__((visibility("default"))) const char* edt_cpu_isa() {
   return edt::kNames[static_cast<int>(edt::active_isa())];
 }
+
+extern "C" __attribute__((visibility("default"))) const char* edt_sources() { return EDT_SOURCES; }

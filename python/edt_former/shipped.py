@@ -37,11 +37,15 @@ def load(connector: str = "edt_former") -> MoleculeLM:
 
     Raises:
         ValueError: no such connector.
+        FileNotFoundError: the package was installed without its models.
 
     >>> load().answer("c1ccccc1", "How many aromatic rings does the molecule have?")
     ['aromatic rings: 1']
     """
-    if connector not in connectors():
-        known = ", ".join(map(repr, connectors()))
-        raise ValueError(f"connector must be one of {known}, got {connector!r}")
+    known = connectors()
+    if not known:
+        raise FileNotFoundError(f"the shipped models are not in {folder()}")
+    if connector not in known:
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"connector must be one of {names}, got {connector!r}")
     return MoleculeLM.from_pretrained(folder() / connector)

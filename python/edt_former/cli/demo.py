@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     if args.sample < 2:
         raise ValueError(f"--sample must be at least 2, got {args.sample}")
     if args.file is not None:
-        return _ask_about_file(load(args.connector), args)
+        return _ask_about_file(args)
+    if args.out is not None:
+        raise ValueError("--out needs a FILE of molecules")
     start = time.perf_counter()
     model = load(args.connector)
     _known_drugs(model)
@@ -164,12 +166,17 @@ def _speed(model) -> None:
     print(table(header, rows))
 
 
-def _ask_about_file(model, args: argparse.Namespace) -> int:
+def _ask_about_file(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from edt_former.chem import read_file
     from edt_former.report.answers import answer_rows
+    from edt_former.shipped import load
 
+    molecules = read_file(args.file)
+    if args.out is not None and args.out.resolve() == args.file.resolve():
+        raise ValueError(f"--out must be another file than the one that is read, got {args.out}")
+    model = load(args.connector)
     shown, reasons, total = [], [], 0
     with ExitStack() as stack:
         writer = None
@@ -177,7 +184,7 @@ def _ask_about_file(model, args: argparse.Namespace) -> int:
             file = stack.enter_context(args.out.open("w", newline="", encoding="utf-8"))
             writer = csv.writer(file)
             writer.writerow(["name", "smiles", "reason", "atoms", "patches", "tokens", *ASKED])
-        rows = answer_rows(model, read_file(args.file), ASKED)
+        rows = answer_rows(model, molecules, ASKED)
         for row in tqdm(rows, desc="molecules", unit="mol", disable=not sys.stderr.isatty()):
             total += 1
             if row.reason:

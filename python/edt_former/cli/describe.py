@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -26,7 +27,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--connector", default="edt_former", help="edt_former (default), qformer_32"
     )
     parser.add_argument(
-        "--model", metavar="DIR", help="a saved MoleculeLM instead of the shipped one"
+        "--model", type=Path, metavar="DIR", help="a saved MoleculeLM instead of the shipped one"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from edt_former.shipped import load
     from edt_former.tasks.questions import FACTS, facts, match_question, parse_answer
 
+    if args.model is not None and not args.model.is_dir():
+        raise ValueError(f"--model must be a folder, got {args.model}")
     molecule = read_molecule(args.smiles)
     if isinstance(molecule, Invalid):
         raise ValueError(f"SMILES {molecule.source!r} cannot be read: {molecule.reason}")

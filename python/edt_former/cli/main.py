@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 
 COMMANDS = ("demo", "describe", "train")
+MENDABLE = (ValueError, TypeError, OSError, EOFError, RuntimeError, ImportError, csv.Error)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when all went well, 2 for what the user can mend."""
+    """Run the command line; 0 when all went well, 2 for what the user can mend.
+
+    With `EDT_DEBUG` in the environment an error shows its traceback.
+    """
     parser = argparse.ArgumentParser(
         prog="edt",
         description="Let a frozen language model read molecules.",
@@ -24,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return _command(args.command).run(args)
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError, ImportError) as error:
+    except MENDABLE as error:
         if os.environ.get("EDT_DEBUG"):
             raise
         print(f"edt {args.command}: error: {error}", file=sys.stderr)
@@ -34,10 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _command(name: str) -> object:
+def _command(name: str) -> ModuleType:
     """The module of a command; what it needs is imported when it runs, so that help is instant."""
-    from importlib import import_module
-
     return import_module(f"edt_former.cli.{name}")
 
 

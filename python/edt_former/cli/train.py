@@ -12,6 +12,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train models",
         description="Train models from data that you have.",
+        epilog="example: edt train tiny --data smiles_corpora --out runs/tiny",
     )
     recipes = parser.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
     tiny = recipes.add_parser(
@@ -34,9 +35,13 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the recipe."""
+    from edt_former.tasks.questions import FACTS
+    from edt_former.train.tiny.data import SELF_SUPERVISED
     from edt_former.train.tiny.recipe import run_recipe
 
     if not 0 < args.scale <= 1:
         raise ValueError(f"--scale must be in (0, 1], got {args.scale}")
+    print(f"the graph encoder learns from: {', '.join(SELF_SUPERVISED)}")
+    print(f"the questions ask for: {', '.join(fact.key for fact in FACTS)}")
     run_recipe(args.data, args.out, seed=args.seed, processes=args.processes, scale=args.scale)
     return 0

@@ -8,7 +8,11 @@ from itertools import islice
 
 from edt_former.chem import Invalid, Molecule, read_molecule
 from edt_former.model import MoleculeLM
+from edt_former.tasks.evaluation import LONGEST_ANSWER
 from edt_former.tasks.questions import FACT_BY_KEY, facts, parse_answer
+
+LONGEST_QUESTION = 64
+"""Tokens of a question and its answer."""
 
 
 @dataclass(frozen=True)
@@ -47,50 +51,50 @@ def answer_rows(
     """
     rows = iter(rows)
     while block := list(islice(rows, chunk)):
-        read = [(name, smiles, _read(model, smiles)) for name, smiles in block]
-        molecules = [m for _, _, m in read if isinstance(m, Molecule)]
-        answered = iter(_answer(model, molecules, keys)) if molecules else iter(())
-        for name, smiles, molecule in read:
+        read = _that_fit(model, [read_molecule(smiles) for _, smiles in block])
+        answered = iter(_answer(model, [m for m in read if isinstance(m, Molecule)], keys))
+        for (name, smiles), molecule in zip(block, read, strict=True):
             shown = name or smiles
             if isinstance(molecule, Invalid):
                 yield AnsweredRow(shown, smiles, reason=molecule.reason)
-            else:
-                tokens, answers = next(answered)
-                yield AnsweredRow(
-                    shown,
-                    smiles,
-                    atoms=molecule.num_atoms,
-                    tokens=tokens,
-                    patches=tokens - model.connector.config["num_queries"],
-                    answers=answers,
-                    truth={key: facts(molecule)[key] for key in keys},
-                )
+                continue
+            tokens, answers = next(answered)
+            truth = facts(molecule)
+            yield AnsweredRow(
+                shown,
+                smiles,
+                atoms=molecule.num_atoms,
+                tokens=tokens,
+                patches=tokens - model.connector.config["num_queries"],
+                answers=answers,
+                truth={key: truth[key] for key in keys},
+            )
 
 
-def _read(model: MoleculeLM, smiles: str) -> Molecule | Invalid:
-    """A molecule that fits the model's prompt, or the reason why not."""
-    molecule = read_molecule(smiles)
-    if isinstance(molecule, Invalid):
-        return molecule
-    tokens, room = model.processor.token_counts([molecule])[0], model.max_positions
-    if room is not None and tokens + LONGEST_QUESTION > room:
-        return Invalid(smiles, f"takes {tokens} tokens, the language model reads {room}")
-    return molecule
-
-
-LONGEST_QUESTION = 64
-"""Tokens of a question and its answer."""
+def _that_fit(model: MoleculeLM, read: list[Molecule | Invalid]) -> list[Molecule | Invalid]:
+    """The same, with a reason in place of a molecule that the prompt has no room for."""
+    room = model.max_positions
+    counts = iter(model.processor.token_counts([m for m in read if isinstance(m, Molecule)]))
+    fitting = []
+    for molecule in read:
+        tokens = next(counts) if isinstance(molecule, Molecule) else 0
+        if room is not None and tokens + LONGEST_QUESTION > room:
+            reason = f"takes {tokens} tokens, the language model reads {room}"
+            molecule = Invalid(molecule.smiles, reason)
+        fitting.append(molecule)
+    return fitting
 
 
 def _answer(
     model: MoleculeLM, molecules: list[Molecule], keys: tuple[str, ...]
 ) -> list[tuple[int, dict[str, str]]]:
+    """Tokens in the prompt, and the answers by key, of each molecule."""
     counts = model.processor.token_counts(molecules)
     texts = model.answer(
         [molecule for molecule in molecules for _ in keys],
         [FACT_BY_KEY[key].phrasings[0] for _ in molecules for key in keys],
         batch_size=256,
-        max_new_tokens=8,
+        max_new_tokens=LONGEST_ANSWER,
     )
     answers = []
     for i, count in enumerate(counts):

@@ -18,6 +18,9 @@ def padded_read(connector: QFormer, queries: Rows, keys: Rows, *, slots: int | N
 
     Returns:
         Hidden states [B, slots, width]; the rows of padding hold what nobody reads.
+
+    Raises:
+        ValueError: a molecule has more than `slots` queries.
     """
     x, own = _pad(queries, slots)
     graph, seen = _pad(keys, None)
@@ -25,7 +28,7 @@ def padded_read(connector: QFormer, queries: Rows, keys: Rows, *, slots: int | N
     x = transformer.embeddings(x)
     for layer in transformer.encoder.layer:
         x = _attend(layer.attention, x, x, own)
-        if hasattr(layer, "crossattention"):
+        if layer.crossattention is not None:
             x = _attend(layer.crossattention, x, graph, seen)
         x = layer.output_query(layer.intermediate_query(x), x)
     return x
@@ -48,7 +51,10 @@ def _attend(attention: torch.nn.Module, x: Tensor, source: Tensor, real: Tensor)
 def _pad(rows: Rows, slots: int | None) -> tuple[Tensor, Tensor]:
     """[B, slots, ...] and which of them are real [B, slots]."""
     lengths = rows.offsets.diff()
-    slots = int(lengths.max()) if slots is None else slots
+    longest = int(lengths.max())
+    slots = longest if slots is None else slots
+    if longest > slots:
+        raise ValueError(f"slots must be at least {longest}, the longest molecule's, got {slots}")
     real = torch.arange(slots) < lengths[:, None]
     padded = rows.values.new_zeros(len(lengths), slots, rows.values.shape[1])
     padded[real] = rows.values

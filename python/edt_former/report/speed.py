@@ -53,7 +53,7 @@ def connector_speed(
 
     Args:
         offsets: [B + 1] the atoms of B molecules.
-        patches: their patches, by source.
+        patches: their patches, by source; trimmed.
         rounds: timed rounds, after one that is not.
 
     Raises:

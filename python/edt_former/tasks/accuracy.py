@@ -1,4 +1,4 @@
-"""How often answers are right, by type of question, with intervals; and what guessing would give."""
+"""How often answers are right, by type of question, with intervals, and what guessing gives."""
 
 from __future__ import annotations
 
@@ -42,10 +42,18 @@ def accuracies(
             could not be read (counted as wrong).
         truth: [M, F] index of the true one.
 
+    Raises:
+        ValueError: the shapes differ, or there is no molecule.
+
     >>> truth = np.zeros((4, len(FACTS)), dtype=int)
     >>> accuracies(truth, truth)["macro"].value
     1.0
     """
+    if answered.shape != truth.shape or truth.shape[1:] != (len(FACTS),) or len(truth) == 0:
+        raise ValueError(
+            f"answered and truth must have shape [M, {len(FACTS)}] with M >= 1, "
+            f"got {answered.shape} and {truth.shape}"
+        )
     right = answered == truth
     rng = np.random.default_rng(seed)
     molecules = len(truth)

@@ -9,7 +9,7 @@ from tqdm import trange
 
 from edt_former.chem import Molecule
 from edt_former.model import MoleculeLM
-from edt_former.tasks.questions import FACTS, parse_answer
+from edt_former.tasks.questions import FACT_BY_KEY, FACTS, parse_answer
 
 UNREADABLE = -1
 LONGEST_ANSWER = 8
@@ -46,22 +46,22 @@ def answer_questions(
 
 def without_molecule(model: MoleculeLM) -> np.ndarray:
     """What the language model answers when it is given no molecule, int64 [F]."""
-    processor = model.processor
-    prompts = [processor.prompt(fact.phrasings[0], molecules=0) for fact in FACTS]
-    generated = model.generate(**processor(prompts), do_sample=False, max_new_tokens=LONGEST_ANSWER)
-    texts = processor.decode(generated)
+    texts = model.answer(
+        [[] for _ in FACTS],
+        [fact.phrasings[0] for fact in FACTS],
+        batch_size=len(FACTS),
+        max_new_tokens=LONGEST_ANSWER,
+    )
     return np.array([read_answer(t, fact.key) for t, fact in zip(texts, FACTS, strict=True)])
 
 
 def read_answer(text: str, key: str) -> int:
     """Index of the answer that a text gives to the question for `key`; -1 where it gives none.
 
-    >>> read_answer("rings: 3", "rings"), read_answer("rings: 3", "amide"), read_answer("?", "rings")
-    (3, -1, -1)
+    >>> [read_answer(text, "rings") for text in ("rings: 3", "amide: yes", "?")]
+    [3, -1, -1]
     """
     said = parse_answer(text)
     if said is None or said[0] != key:
         return UNREADABLE
-    fact = next(fact for fact in FACTS if fact.key == key)
-    lowered = [answer.lower() for answer in fact.answers]
-    return lowered.index(said[1]) if said[1] in lowered else UNREADABLE
+    return [answer.lower() for answer in FACT_BY_KEY[key].answers].index(said[1])

@@ -139,7 +139,7 @@ def prepare(data: Path, folder: Path, *, seed: int, processes: int, scale: float
     """Read, widen and split the molecules of `data`; write `train`, `test` and `data.json`.
 
     A molecule that is on the held-out list of known drugs, or shares with one of them a Murcko
-    scaffold of two rings or more, is left out of both.
+    scaffold of two rings or more, is left out of both. A salt is judged by each of its parts.
 
     Args:
         data: a folder with the files of `SOURCES`.
@@ -148,6 +148,7 @@ def prepare(data: Path, folder: Path, *, seed: int, processes: int, scale: float
 
     Raises:
         FileNotFoundError: a file of `SOURCES` is missing; the message lists all that are.
+        ValueError: too few molecules for two splits.
     """
     missing = [name for name in SOURCES if not (data / name).is_file()]
     if missing:
@@ -183,12 +184,15 @@ def prepare(data: Path, folder: Path, *, seed: int, processes: int, scale: float
             else:
                 seen.add(record["smiles"])
                 records[record["split"]].append(record)
+    sizes = {split: len(rows) for split, rows in records.items()}
+    if 0 in sizes.values():
+        raise ValueError(f"both splits must have molecules, got {sizes} at scale {scale}")
     for split, rows in records.items():
         random.Random(seed).shuffle(rows)
         _table(rows).save(folder / split)
     facts = {
         "files": {name: _sha256(data / name) for name in SOURCES},
-        "molecules": {split: len(rows) for split, rows in records.items()},
+        "molecules": sizes,
         "left_out": dict(left_out),
         "split": f"{HELD_OUT_SHARE} % of Murcko scaffolds, by sha256",
         "self_supervised": SELF_SUPERVISED,
@@ -211,10 +215,11 @@ def _record(job: tuple[str, str, float]) -> tuple[str, dict | None]:
     if isinstance(molecule, Invalid):
         return f"invalid {kind}", None
     mol = rdkit_mol(molecule)
-    if _held_out().excludes(mol):
+    parts = Chem.GetMolFrags(mol, asMols=True)
+    if any(_held_out().excludes(part) for part in parts):
         return "held out", None
-    split = _split(mol) if kind == "drawn" else "train"
-    if kind != "drawn" and _split(mol) == "test":
+    split = "test" if any(_split(part) == "test" for part in parts) else "train"
+    if kind != "drawn" and split == "test":
         return "scaffold of the test split", None
     fingerprint = _fingerprints().GetCountFingerprintAsNumPy(mol)
     descriptors = [describe(mol) for describe in DESCRIPTORS.values()]
@@ -247,7 +252,12 @@ def _piece(smiles: str, rng: random.Random) -> str | None:
     pieces = sorted(BRICS.BRICSDecompose(mol)) if mol is not None else []
     sized = []
     for piece in pieces:
-        capped = Chem.DeleteSubstructs(Chem.MolFromSmiles(piece), Chem.MolFromSmarts("[#0]"))
+        capped = Chem.MolFromSmiles(piece)
+        for atom in capped.GetAtoms():
+            if atom.GetAtomicNum() == 0:
+                atom.SetIsotope(0)
+                atom.SetAtomicNum(1)
+        capped = Chem.RemoveHs(capped)
         if 3 <= capped.GetNumAtoms() <= 15:
             sized.append(Chem.MolToSmiles(capped))
     return rng.choice(sized) if sized else None

@@ -44,6 +44,9 @@ def fit(
         label: names the progress bar.
         checkpoint: a file; read when it exists, written every `save_every` steps and at the end.
         warmup: share of the steps in which the rate rises from 0 to `lr`.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or of a longer run.
     """
     _keep_memory()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -55,6 +58,8 @@ def fit(
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
     first = _resume(checkpoint, model, optimizer)
+    if first > steps:
+        raise ValueError(f"{checkpoint} is of step {first}, this run has {steps} steps")
     bar = trange(first, steps, desc=label, initial=first, total=steps, unit="step")
     shown: dict[str, float] = {}
     for step in bar:
@@ -104,6 +109,9 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> i
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
+    differing = sorted(trained_state(model).keys() ^ state["model"].keys())
+    if differing:
+        raise ValueError(f"{path} is of another model, they differ in {', '.join(differing[:5])}")
     model.load_state_dict(state["model"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]

@@ -28,7 +28,7 @@ from edt_former.train.tiny.connector import (
     read_features,
     train_connector,
 )
-from edt_former.train.tiny.data import SELF_SUPERVISED, MoleculeTable, prepare
+from edt_former.train.tiny.data import MoleculeTable, prepare
 from edt_former.train.tiny.encoder import train_encoder
 from edt_former.train.tiny.packing import QuestionBank
 from edt_former.train.tiny.predictor import surprise, train_predictor
@@ -61,10 +61,10 @@ def run_recipe(
     Raises:
         FileNotFoundError: a file of SMILES is missing.
         RuntimeError: the language model did not learn to read facts.
+        ValueError: `out` has a run with another seed or scale.
     """
-    print(f"the graph encoder learns from: {', '.join(SELF_SUPERVISED)}")
-    print(f"the questions ask for: {', '.join(fact.key for fact in FACTS)}")
     out.mkdir(parents=True, exist_ok=True)
+    _same_run(out / "run.json", {"seed": seed, "scale": scale})
     clock = _Clock(out / "seconds.json")
     steps = {name: max(2, round(count * scale)) for name, count in STEPS.items()}
     with clock("data"):
@@ -137,6 +137,14 @@ def run_recipe(
     (shipped / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
+def _same_run(file: Path, settings: dict) -> None:
+    """Remember the settings of a run; one with others must not go on from its checkpoints."""
+    if not file.exists():
+        file.write_text(json.dumps(settings))
+    elif (found := json.loads(file.read_text())) != settings:
+        raise ValueError(f"{file.parent} has a run with {found}, this one has {settings}")
+
+
 @torch.no_grad()
 def round_weights(module: nn.Module) -> None:
     """Round float weights to what the shipped files hold."""
@@ -193,8 +201,10 @@ class _Clock:
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.seconds[step] = round(self.seconds.get(step, 0) + time.perf_counter() - start, 1)
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.seconds))
-        os.replace(partial, self.file)
+        try:
+            yield
+        finally:
+            self.seconds[step] = round(self.seconds.get(step, 0) + time.perf_counter() - start, 1)
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.seconds))
+            os.replace(partial, self.file)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edt_former import shipped
+from edt_former.connectors import make_connector
+from edt_former.graph import make_encoder
+from edt_former.model import MoleculeLM
+from edt_former.tasks.accuracy import Guesses
+from edt_former.tasks.questions import FACTS
+from edt_former.tokens import NextAtomPredictor
+from edt_former.train.tiny.reader import ReaderConfig, build_reader
+from edt_former.train.tiny.vocabulary import build_tokenizer
+
+READER = ReaderConfig(width=16, intermediate=16, layers=1, heads=2, positions=640)
+CONNECTOR = {"encoder_width": 8, "llm_width": 16, "width": 16, "layers": 1, "heads": 2, "ffn": 16}
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the shipped one, of parts that are tiny and know nothing."""
+    folder = tmp_path_factory.mktemp("shipped")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(FACTS)
+    reader = build_reader(tokenizer, READER).eval()
+    encoder = make_encoder({"name": "gin", "layers": 1, "width": 8})
+    predictor = NextAtomPredictor({"layers": 1, "heads": 2, "width": 16, "positions": 64})
+    for name, kind in (("edt_former", "edt_former"), ("qformer_32", "qformer")):
+        connector = make_connector({"name": kind, **CONNECTOR, "num_queries": 4})
+        model = MoleculeLM.from_parts(reader, encoder, connector, predictor, tokenizer=tokenizer)
+        first = name == "edt_former"
+        model.save_pretrained(folder / name, save_frozen=first, frozen_folder=folder)
+    guesses = Guesses.count(np.zeros((2, len(FACTS)), dtype=int), np.array([3, 9]), np.array([5, 6]))
+    (folder / "manifest.json").write_text(json.dumps({"guesses": guesses.to_json()}))
+    return folder
+
+
+@pytest.fixture
+def as_shipped(miniature: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes the miniature what `edt_former.load` and the commands read."""
+    monkeypatch.setattr(shipped, "folder", lambda: miniature)
+    return miniature
