@@ -35,7 +35,9 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = MoleculeLM.from_parts(reader, encoder, connector, predictor, tokenizer=tokenizer)
         first = name == "edt_former"
         model.save_pretrained(folder / name, save_frozen=first, frozen_folder=folder)
-    guesses = Guesses.count(np.zeros((2, len(FACTS)), dtype=int), np.array([3, 9]), np.array([5, 6]))
+    guesses = Guesses.count(
+        np.zeros((2, len(FACTS)), dtype=int), np.array([3, 9]), np.array([5, 6])
+    )
     (folder / "manifest.json").write_text(json.dumps({"guesses": guesses.to_json()}))
     return folder
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from edt_former.model import MoleculeLM
 
-FROZEN = ("language_model", "graph_encoder", "predictor")
-
 
 def folder() -> Path:
     """Where the shipped models are."""
@@ -23,7 +21,7 @@ def connectors() -> list[str]:
     >>> connectors()[0]
     'edt_former'
     """
-    found = (path.name for path in folder().glob("*/manifest.json"))
+    found = (path.parent.name for path in folder().glob("*/manifest.json"))
     return sorted(found, key=lambda name: (name != "edt_former", name))
 
 

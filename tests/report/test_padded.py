@@ -57,5 +57,5 @@ def test_what_is_padded_is_not_read(batch):
 def test_too_few_slots_are_refused(batch):
     connector = make_connector({**SIZE, **CONNECTORS["edt_former"]})
     queries, keys = connector.queries(*batch), connector.keys(batch[0])
-    with pytest.raises(ValueError, match="slots must be at least 9, .*got 8"):
+    with pytest.raises(ValueError, match=r"slots must be at least 9, .*got 8"):
         padded_read(connector, queries, keys, slots=8)

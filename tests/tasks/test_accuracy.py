@@ -128,7 +128,11 @@ def test_guesses_are_the_likeliest_answers(guesses):
     assert SIZE_BIN == 5
     assert guesses.constant[COLUMN["rings"]] == 1
     assert {b: ids[COLUMN["rings"]] for b, ids in guesses.by_size.items()} == {1: 1, 6: 4}
-    assert {t: ids[COLUMN["rings"]] for t, ids in guesses.by_tokens.items()} == {33: 1, 34: 1, 40: 4}
+    assert {t: ids[COLUMN["rings"]] for t, ids in guesses.by_tokens.items()} == {
+        33: 1,
+        34: 1,
+        40: 4,
+    }
 
 
 def test_guess_of_a_group_is_yes_where_it_is_commoner_than_overall(guesses):

@@ -12,6 +12,8 @@ from types import ModuleType
 
 COMMANDS = ("demo", "describe", "train")
 MENDABLE = (ValueError, TypeError, OSError, EOFError, RuntimeError, ImportError, csv.Error)
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""Environment in which transformers, imported later, loads models without a word."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in COMMANDS:
         _command(name).add(commands)
     args = parser.parse_args(arguments)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         return _command(args.command).run(args)
     except MENDABLE as error:

@@ -74,7 +74,7 @@ def train_encoder(
         hidden = torch.from_numpy(rng.random(graph.num_atoms) < MASK_SHARE)
         targets = torch.from_numpy((table.targets[rows] - mean) / spread)
         atoms, molecules = model(graph, hidden, targets)
-        return atoms + 2 * molecules, {"atoms": float(atoms), "molecules": float(molecules)}
+        return atoms + 2 * molecules, {"atoms": atoms.item(), "molecules": molecules.item()}
 
     fit(model, loss, label="encoder", checkpoint=checkpoint, steps=steps, lr=2e-3, seed=seed)
     model.encoder.freeze()

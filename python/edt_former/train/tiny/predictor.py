@@ -25,7 +25,7 @@ def train_predictor(
     def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         graph = table.batch(rng.choice(len(table), batch, replace=False))
         value = model.loss(graph.elements, graph.offsets)
-        return value, {"nats": float(value)}
+        return value, {"nats": value.item()}
 
     fit(
         model,

@@ -1,0 +1,384 @@
+"""The command line as its users meet it: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers.utils import logging
+
+from edt_former import shipped
+from edt_former.cli import demo
+from edt_former.cli.main import COMMANDS, main
+from edt_former.report import speed
+from edt_former.tasks.questions import FACTS, QUESTION_TYPES
+from edt_former.train.tiny import data, recipe
+
+ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    """As of a process in which `main` comes before transformers."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def edt(capsys):
+    """Runs a command: (status, lines on stdout, lines on stderr)."""
+
+    def run(*arguments: str) -> tuple[int, list[str], list[str]]:
+        capsys.readouterr()
+        try:
+            status = main(list(map(str, arguments)))
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def fails(edt):
+    """Runs a command that must fail with one clear line, and returns it."""
+
+    def run(*arguments: str) -> str:
+        status, out, err = edt(*arguments)
+        assert status == 2
+        assert out == [] and len(err) == 1, (out, err)
+        assert err[0].startswith(f"edt {arguments[0]}: error: ")
+        return err[0].partition("error: ")[2]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in COMMANDS), ["train", "tiny"]], ids=" ".join
+)
+def test_help_has_an_example(edt, command):
+    status, out, err = edt(*command, "--help")
+    assert (status, err) == (0, [])
+    assert f"example: edt {' '.join(command)}".strip() in " ".join(out)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from edt_former.cli.main import main\n"
+        "try: main(['demo', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'rdkit', 'transformers'} & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["describe"], ["train"], ["train", "tiny"]]
+)
+def test_wrong_usage_is_explained(edt, arguments):
+    status, out, err = edt(*arguments)
+    assert status == 2 and out == []
+    assert err[0].startswith("usage: edt") and ": error: " in err[-1]
+
+
+@pytest.mark.usefixtures("as_shipped")
+class TestDescribe:
+    def test_all_questions_with_the_truth_beside(self, edt):
+        status, out, err = edt("describe", "OCC")
+        assert (status, err) == (0, [])
+        assert out[0] == "CCO"
+        assert out[1].startswith("3 heavy atoms, ") and out[1].endswith(" tokens in the prompt")
+        assert out[3].split() == ["question", "answer", "RDKit"]
+        assert len(out) == 4 + len(FACTS)
+        for line, fact in zip(out[4:], FACTS, strict=True):
+            assert line.startswith(fact.phrasings[0])
+        (hydroxyl,) = (line for line in out if line.startswith("Does the molecule have a hydroxyl"))
+        assert hydroxyl.endswith("yes")
+
+    def test_questions_of_ones_own(self, edt):
+        asked = ["How many rings?", "Is there an ester in it?"]
+        status, out, err = edt("describe", ASPIRIN, "--ask", asked[0], "--ask", asked[1])
+        assert (status, err) == (0, [])
+        assert [line.split()[-1] for line in out[4:]] == ["1", "yes"]
+
+    def test_json(self, edt):
+        status, out, err = edt("describe", ASPIRIN, "--ask", "How many rings?", "--json")
+        assert (status, err) == (0, [])
+        told = json.loads("\n".join(out))
+        assert told["smiles"] == ASPIRIN and told["heavy_atoms"] == 13 and told["tokens"] > 4
+        (answered,) = told["answers"]
+        assert answered["question"] == "How many rings?" and answered["rdkit"] == "1"
+
+    def test_a_question_that_was_not_taught_has_a_note(self, edt):
+        status, out, err = edt("describe", "CCO", "--ask", "Is it toxic?")
+        assert status == 0 and out[-1].endswith("-")
+        assert len(err) == 1
+        assert err[0].startswith("note: 'Is it toxic?' is none of the 23 things")
+
+    def test_another_connector(self, edt):
+        status, out, _ = edt("describe", "CCO", "--connector", "qformer_32", "--ask", "logP?")
+        assert status == 0 and out[1] == "3 heavy atoms, 4 tokens in the prompt"
+
+    def test_a_model_of_ones_own(self, edt, as_shipped):
+        status, out, err = edt(
+            "describe", "CCO", "--model", as_shipped / "qformer_32", "--ask", "Is it toxic?"
+        )
+        assert (status, err) == (0, []) and out[0] == "CCO"
+
+    @pytest.mark.parametrize(
+        ("smiles", "reason"),
+        [
+            ("C1CC", "unclosed ring"),
+            ("CC(C)(C)(C)C", "Explicit valence for atom # 1 C, 5, is greater than permitted"),
+            ("", "empty SMILES"),
+            ("CCO CCN", "white space inside the SMILES"),
+            ("C€", "a SMILES holds ASCII characters only"),
+        ],
+    )
+    def test_a_smiles_that_cannot_be_read(self, fails, smiles, reason):
+        assert fails("describe", smiles) == f"SMILES {smiles!r} cannot be read: {reason}"
+
+    def test_an_unknown_connector(self, fails):
+        message = fails("describe", "CCO", "--connector", "nonsense")
+        assert message == "connector must be one of 'edt_former', 'qformer_32', got 'nonsense'"
+
+    def test_a_model_that_is_not_there(self, fails, tmp_path):
+        missing = tmp_path / "nowhere"
+        assert fails("describe", "CCO", "--model", missing) == (
+            f"--model must be a folder, got {missing}"
+        )
+        assert "manifest.json" in fails("describe", "CCO", "--model", tmp_path)
+
+    def test_a_molecule_without_room_in_the_prompt(self, fails):
+        message = fails("describe", "COCNCSC" * 300, "--ask", "How many rings?")
+        assert "tokens" in message and "640" in message
+
+    def test_a_damaged_model(self, fails, as_shipped, tmp_path):
+        shutil.copytree(as_shipped, tmp_path / "copy")
+        (tmp_path / "copy" / "predictor" / "model.safetensors").unlink()
+        assert "predictor" in fails("describe", "CCO", "--model", tmp_path / "copy" / "edt_former")
+
+    def test_debug_shows_the_traceback(self, monkeypatch):
+        monkeypatch.setenv("EDT_DEBUG", "1")
+        with pytest.raises(ValueError, match="unclosed ring"):
+            main(["describe", "C1CC"])
+
+
+def test_a_process_of_its_own_prints_the_answers_and_nothing_else(as_shipped):
+    arguments = [
+        "describe",
+        "OCC",
+        "--model",
+        as_shipped / "edt_former",
+        "--ask",
+        "How many rings?",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "edt_former.cli.main", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[0] == "CCO"
+
+
+def test_a_package_without_models_says_so(fails, monkeypatch, tmp_path):
+    monkeypatch.setattr(shipped, "folder", lambda: tmp_path)
+    assert fails("describe", "CCO") == f"the shipped models are not in {tmp_path}"
+    assert fails("demo") == f"the shipped models are not in {tmp_path}"
+
+
+def test_an_interrupted_command_says_so(edt, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shipped, "folder", interrupt)
+    assert edt("describe", "CCO") == (130, [], ["edt describe: interrupted"])
+
+
+FILE = '''name,smiles
+ethanol,CCO
+broken,C1CC
+,c1ccccc1
+nothing,
+pentavalent,CC(C)(C)(C)C
+"acetamide, the ""amide""",CC(N)=O
+'''
+
+
+@pytest.mark.usefixtures("as_shipped")
+class TestFile:
+    @pytest.fixture
+    def molecules(self, tmp_path):
+        path = tmp_path / "molecules.csv"
+        path.write_text(FILE)
+        return path
+
+    def test_rows_that_cannot_be_read_are_told_and_counted(self, edt, molecules):
+        status, out, err = edt("demo", molecules)
+        assert (status, err) == (0, [])
+        assert out[-1] == "6 rows, 3 answered, 3 could not be read"
+        assert out[0].split()[:2] == ["molecule", "atoms"]
+        assert [line.split()[0] for line in out[1:7]] == [
+            "ethanol",
+            "broken",
+            "c1ccccc1",
+            "nothing",
+            "pentavalent",
+            "acetamide,",
+        ]
+        assert "unclosed ring" in out[2] and "empty SMILES" in out[4]
+
+    def test_all_rows_are_written_in_order(self, edt, molecules, tmp_path):
+        out_file = tmp_path / "answers.csv"
+        status, out, _ = edt("demo", molecules, "--out", out_file, "--rows", 2)
+        assert status == 0 and out[3] == "... and 4 more rows"
+        with out_file.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["smiles"] for row in rows] == [
+            "CCO",
+            "C1CC",
+            "c1ccccc1",
+            "",
+            "CC(C)(C)(C)C",
+            "CC(N)=O",
+        ]
+        assert rows[0]["name"] == "ethanol" and rows[5]["name"] == 'acetamide, the "amide"'
+        assert [bool(row["reason"]) for row in rows] == [False, True, False, True, True, False]
+        assert [row["atoms"] for row in rows] == ["3", "", "6", "", "", "4"]
+        for row in rows:
+            assert all(bool(row[key]) != bool(row["reason"]) for key in demo.ASKED)
+            if not row["reason"]:
+                assert int(row["tokens"]) == 4 + int(row["patches"])
+
+    def test_other_formats(self, edt, tmp_path):
+        (tmp_path / "a.smi").write_text("CCO ethanol\n\nC1CC broken\n")
+        with gzip.open(tmp_path / "b.smi.gz", "wt") as file:
+            file.write("CCO\nCCN\n")
+        for name, last in (
+            ("a.smi", "2 rows, 1 answered, 1 could not be read"),
+            ("b.smi.gz", "2 rows, 2 answered, 0 could not be read"),
+        ):
+            status, out, _ = edt("demo", tmp_path / name)
+            assert status == 0 and out[-1] == last
+
+    def test_a_missing_file(self, fails, tmp_path):
+        assert fails("demo", tmp_path / "no.csv") == f"no such file: {tmp_path / 'no.csv'}"
+
+    def test_a_missing_file_leaves_the_output_alone(self, fails, tmp_path):
+        (tmp_path / "old.csv").write_text("kept")
+        fails("demo", tmp_path / "no.csv", "--out", tmp_path / "old.csv")
+        assert (tmp_path / "old.csv").read_text() == "kept"
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.smi", "", "has no rows"),
+            ("a.smi", "\n\n  \n", "has no rows"),
+            ("a.csv", "smiles,name\n", "has no rows"),
+            ("a.csv", "", "has no SMILES column"),
+            ("a.csv", "x,y\n1,2\n", "has no SMILES column; its columns are x, y"),
+            ("a.smi", "C1CC\nbad\n", "has no valid molecule in 2 rows: unclosed ring"),
+            ("a.mol2", "CCO\n", "path must end in .smi, .txt, .csv or .tsv"),
+            ("a.smi.gz", "CCO\n", "gzip"),
+            ("a.csv", "smiles\n" + "C" * 200_000, "field larger than field limit"),
+        ],
+    )
+    def test_files_without_a_molecule(self, fails, tmp_path, name, content, message):
+        path = tmp_path / name
+        path.write_text(content)
+        assert message in fails("demo", path)
+
+    def test_an_output_that_cannot_be_written(self, fails, molecules, tmp_path):
+        assert "No such file" in fails("demo", molecules, "--out", tmp_path / "no" / "out.csv")
+        assert "directory" in fails("demo", molecules, "--out", tmp_path)
+
+    def test_the_input_is_not_overwritten(self, fails, molecules):
+        assert "--out must be another file" in fails("demo", molecules, "--out", molecules)
+        assert molecules.read_text() == FILE
+
+    def test_an_unknown_connector(self, fails, molecules):
+        message = fails("demo", molecules, "--connector", "nonsense")
+        assert message.startswith("connector must be one of 'edt_former'")
+
+
+@pytest.mark.usefixtures("as_shipped")
+class TestDemo:
+    def test_drugs_accuracy_and_speed(self, edt, monkeypatch):
+        size = {"width": 16, "layers": 1, "heads": 2, "ffn": 16, "cross_attention_freq": 1}
+        monkeypatch.setattr(speed, "PUBLISHED", size)
+        status, out, _ = edt("demo", "--sample", 3)
+        text = "\n".join(out)
+        assert status == 0
+        assert all(any(line.startswith(drug) for line in out) for drug in demo.DRUGS)
+        assert "Right answers on 3 of " in text
+        for who in ("edt_former, frozen", "language model without", "constant", "token count"):
+            assert sum(line.startswith(who) for line in out) == 1
+        assert all(any(line.startswith(kind) for line in out) for kind in QUESTION_TYPES)
+        speeds = [line for line in out if line.startswith(("EDT-Former", "static Q-Former"))]
+        assert len(speeds) == 3 and speeds[0].endswith("1.00")
+        assert out[-1].endswith(" s in all")
+
+    def test_options_are_checked(self, fails, tmp_path):
+        assert fails("demo", "--sample", 1) == "--sample must be at least 2, got 1"
+        assert fails("demo", "--out", tmp_path / "x.csv") == "--out needs a FILE of molecules"
+
+
+class TestTrain:
+    def test_missing_data(self, edt, tmp_path):
+        status, out, err = edt("train", "tiny", "--data", tmp_path, "--out", tmp_path / "out")
+        assert status == 2 and len(err) == 1
+        assert err[0].startswith(f"edt train: error: {tmp_path} must hold zinc250k_valid.smi")
+        assert len(out) == 2
+
+    @pytest.mark.parametrize("scale", [0, -1, 1.5])
+    def test_scale_is_checked(self, fails, tmp_path, scale):
+        message = fails("train", "tiny", "--data", tmp_path, "--scale", scale)
+        assert message == f"--scale must be in (0, 1], got {float(scale)}"
+
+    def test_it_says_what_is_learned_and_what_is_asked(self, edt, monkeypatch, tmp_path):
+        called = []
+        monkeypatch.setattr(recipe, "run_recipe", lambda *args, **options: called.append(options))
+        status, out, _ = edt("train", "tiny", "--data", tmp_path, "--seed", 3, "--scale", 0.5)
+        assert status == 0
+        assert called == [{"seed": 3, "processes": 2, "scale": 0.5}]
+        assert all(name in out[0] for name in data.SELF_SUPERVISED)
+        assert all(fact.key in out[1] for fact in FACTS)
+
+
+trained = pytest.mark.skipif(
+    not shipped.connectors(), reason="the trained models are not in this checkout"
+)
+
+
+@trained
+def test_the_shipped_model_answers(edt):
+    status, out, err = edt("describe", ASPIRIN, "--ask", "How many aromatic rings?", "--json")
+    assert (status, err) == (0, [])
+    (answered,) = json.loads("\n".join(out))["answers"]
+    assert answered["answer"] == answered["rdkit"] == "1"
+
+
+@trained
+def test_the_shipped_set_is_complete_and_small():
+    manifest = shipped.manifest()
+    assert shipped.connectors()[:2] == ["edt_former", "qformer_32"]
+    assert set(manifest["accuracy"]) == set(shipped.connectors())
+    files = [path for path in shipped.folder().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 20e6

@@ -1,0 +1,46 @@
+"""Every example in the packages runs and gives what it says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import edt_former
+import edt_kernels
+from edt_former import shipped
+
+NEED_THE_SHIPPED_MODELS = {"edt_former", "edt_former.shipped"}
+
+
+def modules() -> list[str]:
+    names = []
+    for package in (edt_kernels, edt_former):
+        found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        names += [package.__name__, *(module.name for module in found)]
+    return [name for name in names if not name.endswith("._C")]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples(name):
+    if name in NEED_THE_SHIPPED_MODELS and not shipped.connectors():
+        pytest.skip("the trained models are not in this checkout")
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", edt_kernels.__all__)
+def test_every_public_function_has_an_example(name):
+    documented = inspect.getdoc(getattr(edt_kernels, name))
+    assert documented and documented.splitlines()[0].endswith((".", ":", "?"))
+    if inspect.isfunction(getattr(edt_kernels, name)):
+        assert ">>> " in documented
+
+
+def test_public_names_are_sorted_and_there():
+    for package in (edt_kernels, edt_former):
+        assert package.__all__ == sorted(package.__all__)
+        assert all(hasattr(package, name) for name in package.__all__)

@@ -1,0 +1,138 @@
+"""The recipe from end to end, at a scale that teaches nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+
+from edt_former import shipped
+from edt_former.model import MoleculeLM
+from edt_former.tasks.accuracy import Guesses
+from edt_former.tasks.heldout import heldout_molecules
+from edt_former.tasks.questions import QUESTION_TYPES
+from edt_former.train.tiny import connector, encoder, predictor, recipe
+from edt_former.train.tiny.reader import ReaderConfig
+from edt_former.train.tiny.recipe import round_weights, run_recipe
+
+READER = ReaderConfig(width=16, intermediate=16, layers=1, heads=2)
+WHO = [
+    "model",
+    "language model without molecule",
+    "constant answer",
+    "majority of the size bin",
+    "token count alone",
+]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Every part as small as it can be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "STEPS", dict.fromkeys(recipe.STEPS, 2))
+        patch.setattr(recipe, "TEST_MOLECULES", 2)
+        patch.setattr(recipe, "heldout_molecules", lambda: heldout_molecules()[:3])
+        reader = partial(recipe.train_reader, config=READER, held_out=8, molecules=2, questions=3)
+        patch.setattr(recipe, "train_reader", reader)
+        patch.setattr(encoder, "CONFIG", {"name": "gin", "layers": 1, "width": 16})
+        patch.setattr(predictor, "CONFIG", {"layers": 1, "heads": 2, "width": 16, "positions": 64})
+        sizes = {"width": 16, "layers": 1, "heads": 2, "ffn": 16, "dropout": 0.0, "sum_tokens": 1}
+        patch.setattr(connector, "SIZES", sizes)
+        patch.setattr(connector._Alignment, "BATCH", 8)
+        patch.setattr(connector._Answering, "BATCH", 4)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def out(small, prepared, corpora, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe") / "out"
+    shutil.copytree(prepared, folder)
+    run_recipe(corpora, folder, scale=0.5, processes=1)
+    return folder
+
+
+def test_everything_that_ships_is_there(out):
+    manifest = json.loads((out / "shipped" / "manifest.json").read_text())
+    names = list(manifest["accuracy"])
+    assert names[:2] == ["edt_former", "qformer_32"] and names[2].startswith("qformer_")
+    made = sorted(path.name for path in (out / "shipped").iterdir())
+    frozen = ["graph_encoder", "language_model", "predictor"]
+    assert made == sorted([*names, *frozen, "manifest.json"])
+    mean = manifest["mean tokens of EDT-Former"]
+    assert names[2] == f"qformer_{round(mean)}" and mean > 33
+
+
+def test_the_manifest_tells_how_it_was_made(out):
+    manifest = json.loads((out / "shipped" / "manifest.json").read_text())
+    assert manifest["seed"] == 0 and manifest["scale"] == 0.5
+    assert manifest["data"] == json.loads((out / "data.json").read_text())
+    assert set(manifest["steps"]) == set(recipe.STEPS)
+    assert all(seconds >= 0 for seconds in manifest["seconds"].values())
+    assert {"torch", "rdkit", "edt-kernels", "python"} <= manifest["versions"].keys()
+    for both in manifest["accuracy"].values():
+        assert list(both) == ["known drugs", "held-out scaffolds"]
+        for by_who in both.values():
+            assert list(by_who) == WHO
+            for by_type in by_who.values():
+                assert set(by_type) == {*QUESTION_TYPES, "macro"}
+                assert all(0 <= a["low"] <= a["high"] <= 1 for a in by_type.values())
+    assert Guesses.from_json(manifest["guesses"]).by_size
+
+
+def test_the_shipped_models_load_and_answer(out, monkeypatch):
+    monkeypatch.setattr(shipped, "folder", lambda: out / "shipped")
+    assert shipped.connectors()[:2] == ["edt_former", "qformer_32"]
+    for name in shipped.connectors():
+        model = shipped.load(name)
+        assert isinstance(model, MoleculeLM)
+        assert isinstance(model.answer("CCO", "How many rings?", max_new_tokens=2)[0], str)
+    assert "guesses" in shipped.manifest()
+
+
+def test_weights_on_disk_are_half_and_lose_nothing(out):
+    from safetensors.torch import load_file
+
+    for path in (out / "shipped").rglob("*.safetensors"):
+        floats = [w for w in load_file(path).values() if w.is_floating_point()]
+        assert floats and all(w.dtype == torch.float16 for w in floats), path
+    model = MoleculeLM.from_pretrained(out / "shipped" / "edt_former")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    round_weights(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_same_call_again_trains_nothing_and_gives_the_same(out, corpora, small, monkeypatch):
+    shipped_before = {
+        path.relative_to(out): path.read_bytes()
+        for path in (out / "shipped").rglob("*.safetensors")
+    }
+    manifest = json.loads((out / "shipped" / "manifest.json").read_text())
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)
+    monkeypatch.setattr(recipe, "prepare", None)
+    run_recipe(corpora, out, scale=0.5, processes=1)
+    for path, content in shipped_before.items():
+        assert (out / path).read_bytes() == content, path
+    again = json.loads((out / "shipped" / "manifest.json").read_text())
+    timeless = ("accuracy", "steps", "guesses", "reading", "next-atom surprise, nats")
+    assert {k: again[k] for k in timeless} == {k: manifest[k] for k in timeless}
+
+
+def test_another_run_does_not_go_on_from_these_checkpoints(out, corpora):
+    with pytest.raises(ValueError, match=r"has a run with .*'seed': 0.*, this one has .*'seed': 1"):
+        run_recipe(corpora, out, seed=1, scale=0.5)
+
+
+def test_a_reader_that_does_not_read_stops_the_run(small, prepared, corpora, tmp_path):
+    """At full scale the language model must pass its gate before a connector is trained."""
+    shutil.copytree(prepared, tmp_path / "out")
+    with pytest.raises(RuntimeError, match=r"must read at least 0\.970 of clean facts"):
+        run_recipe(corpora, tmp_path / "out", scale=1.0)
+    assert not (tmp_path / "out" / "shipped").exists()
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing: zinc250k_valid\.smi"):
+        run_recipe(tmp_path, tmp_path / "out")
