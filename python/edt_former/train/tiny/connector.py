@@ -17,6 +17,7 @@ from edt_former.graph.encoder import GraphEncoder, GraphFeatures
 from edt_former.tasks.questions import FACTS, QUESTION_TYPES
 from edt_former.tokens import NextAtomPredictor, PatchOptions
 from edt_former.train.tiny.data import MoleculeTable, gather_ranges
+from edt_former.train.tiny.fact_tokens import fact_embeddings
 from edt_former.train.tiny.loop import fit
 from edt_former.train.tiny.packing import QuestionBank, pack_questions, reply_logits
 from edt_kernels import Patches
@@ -149,34 +150,42 @@ def train_connector(
 
 
 class _Alignment:
-    """Stage 1: tokens against the language model's embeddings of facts."""
+    """Stage 1: tokens against the language model's embeddings of facts.
 
-    BATCH, SHARPNESS = 64, 6.0
+    With f_a the clean soft token of answer a, a token t is to be near that of the true answer and
+    nearest to it: |t - f|^2 / |f|^2 + cross-entropy of softmax(-sharpness |t - f_a|^2).
+    """
+
+    BATCH, SHARPNESS = 64, 3.0
 
     def __init__(
         self, connector: Connector, features: FeatureTable, embedding: Tensor, bank: QuestionBank
     ) -> None:
         self.connector, self.features = connector, features
-        self.keys = _per_unit(embedding[bank.keys])
-        self.answers = _per_unit(embedding[bank.answers])
         columns = torch.arange(bank.answers.shape[1])
-        self.allowed = columns < bank.num_answers[:, None]
+        self.facts = torch.arange(len(FACTS))
+        self.clean = fact_embeddings(
+            embedding.detach(), bank, self.facts[:, None].expand_as(bank.answers), columns
+        )
+        self.impossible = columns >= bank.num_answers[:, None]
         self.weights = question_odds(features.answers)
 
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = rng.choice(len(self.features), self.BATCH, replace=False)
         truth = torch.from_numpy(self.features.answers[rows].astype(np.int64))
         tokens = self.connector(*self.features.batch(rows))
-        facts = torch.arange(len(FACTS))
-        written = tokens.values[tokens.offsets[:-1, None] + facts]
-        logits = self.SHARPNESS * torch.einsum("bfd,fad->bfa", written, self.answers)
-        logits = logits.masked_fill(~self.allowed, -torch.inf)
+        written = tokens.values[tokens.offsets[:-1, None] + self.facts]
+        product = torch.einsum("bfd,fad->bfa", written, self.clean)
+        norm = self.clean.square().sum(-1)
+        distance = written.square().sum(-1, keepdim=True) - 2 * product + norm
+        logits = (-self.SHARPNESS * distance).masked_fill(self.impossible, -torch.inf)
         nats = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none")
-        key = torch.einsum("bfd,fd->bf", written, self.keys)
-        weight = self.weights[facts, truth]
-        value = (weight * (nats + (key - 1).square())).sum() / weight.sum()
+        away = distance.gather(-1, truth[..., None]).squeeze(-1) / norm[self.facts, truth]
+        weight = self.weights[self.facts, truth]
+        value = (weight * (nats + away)).sum() / weight.sum()
         right = (logits.argmax(-1) == truth).float().mean()
-        return value, {"nats": nats.mean().item(), "right": right.item()}
+        figures = {"nats": nats.mean().item(), "away": away.mean().item(), "right": right.item()}
+        return value, figures
 
 
 class _Answering:
@@ -214,11 +223,6 @@ class _Answering:
         value = F.cross_entropy(logits.flatten(0, 2), true.flatten())
         right = (logits[:, :, 1].argmax(-1) == true[:, :, 1]).float().mean()
         return value, {"nats": value.item(), "right": right.item()}
-
-
-def _per_unit(rows: Tensor) -> Tensor:
-    """Directions whose product with a multiple of a row is that multiple."""
-    return rows.detach() / rows.detach().square().sum(-1, keepdim=True)
 
 
 def question_odds(answers: np.ndarray) -> Tensor:

@@ -34,11 +34,11 @@ from edt_former.train.tiny.packing import QuestionBank
 from edt_former.train.tiny.predictor import surprise, train_predictor
 from edt_former.train.tiny.reader import train_reader
 
-STEPS = {"encoder": 800, "predictor": 600, "reader": 500, "stage 1": 2500, "stage 2": 500}
+STEPS = {"encoder": 800, "predictor": 600, "reader": 500, "stage 1": 2200, "stage 2": 300}
 HALF = torch.float16
 """Of the weights on disk. Frozen parts are rounded before anything is trained against them."""
 
-TEST_MOLECULES = 500
+TEST_MOLECULES = 300
 """Of the scaffold-held-out split, asked about in the final evaluation."""
 
 
