@@ -1,4 +1,4 @@
-"""The README's Python examples run as printed, with a small language model in the place of yours."""
+"""The README's Python examples run as printed, a small language model in the place of yours."""
 
 import re
 from pathlib import Path

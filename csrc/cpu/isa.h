@@ -11,22 +11,29 @@ Isa active_isa();
 
 }  // namespace edt
 
-// Declares `TABLE`, a constant of type TYPE in the namespace of every level, and edt::TABLE(), which
-// returns the active one. Use inside namespace edt.
+// Declares `TABLE`, a constant of type TYPE in the namespace of every level, and edt::TABLE(),
+// which returns the active one. Use inside namespace edt.
 #ifdef EDT_X86
-#define EDT_KERNEL_TABLE(TYPE, TABLE)                    \
-  namespace scalar { extern const TYPE TABLE; }          \
-  namespace avx2 { extern const TYPE TABLE; }            \
-  namespace avx512 { extern const TYPE TABLE; }          \
-  inline const TYPE& TABLE() {                           \
-    static const TYPE& active =                          \
-        active_isa() == Isa::avx512 ? avx512::TABLE      \
-        : active_isa() == Isa::avx2 ? avx2::TABLE        \
-                                    : scalar::TABLE;     \
-    return active;                                       \
+#define EDT_KERNEL_TABLE(TYPE, TABLE)                                        \
+  namespace scalar {                                                         \
+  extern const TYPE TABLE;                                                   \
+  }                                                                          \
+  namespace avx2 {                                                           \
+  extern const TYPE TABLE;                                                   \
+  }                                                                          \
+  namespace avx512 {                                                         \
+  extern const TYPE TABLE;                                                   \
+  }                                                                          \
+  inline const TYPE& TABLE() {                                               \
+    static const TYPE& active = active_isa() == Isa::avx512 ? avx512::TABLE  \
+                                : active_isa() == Isa::avx2 ? avx2::TABLE    \
+                                                            : scalar::TABLE; \
+    return active;                                                           \
   }
 #else
-#define EDT_KERNEL_TABLE(TYPE, TABLE)            \
-  namespace scalar { extern const TYPE TABLE; }  \
+#define EDT_KERNEL_TABLE(TYPE, TABLE) \
+  namespace scalar {                  \
+  extern const TYPE TABLE;            \
+  }                                   \
   inline const TYPE& TABLE() { return scalar::TABLE; }
 #endif
