@@ -13,7 +13,12 @@ import edt_former
 import edt_kernels
 from edt_former import shipped
 
-NEED_THE_SHIPPED_MODELS = {"edt_former", "edt_former.shipped"}
+NEED_THE_SHIPPED_MODELS = {
+    "edt_former",
+    "edt_former.model",
+    "edt_former.processor",
+    "edt_former.shipped",
+}
 
 
 def modules() -> list[str]:

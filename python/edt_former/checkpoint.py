@@ -57,7 +57,7 @@ def save_checkpoint(
     Manifest(folder.resolve(), parts).write()
     state = model.state_dict() if state_dict is None else state_dict
     write_weights(folder / WEIGHTS, {n: state[n] for n in trained_names(model)}, dtype)
-    model.config.save_pretrained(folder)
+    _portable(model.config).save_pretrained(folder)
     if model.processor is not None:
         beside = parts["language_model"].path
         has_tokenizer = beside is not None and Path(beside, TOKENIZER_FILE).exists()
@@ -154,6 +154,14 @@ def _save_frozen(model: MoleculeLM, folder: Path, dtype: torch.dtype | None) -> 
             copy.deepcopy(module).to(dtype).save_pretrained(folder / name)
     if model.processor is not None:
         model.processor.tokenizer.save_pretrained(folder / "language_model")
+
+
+def _portable(config: MoleculeConfig) -> MoleculeConfig:
+    """A copy without the folder that the language model was read from: the manifest has it."""
+    config = copy.deepcopy(config)
+    if Path(config.text_config.name_or_path or "").is_dir():
+        config.text_config.name_or_path = ""
+    return config
 
 
 def _verify(name: str, source: nn.Module | Path, part: FrozenPart) -> None:

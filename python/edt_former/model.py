@@ -60,6 +60,12 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         graph_encoder: see `edt_former.graph.make_encoder`.
         connector: see `edt_former.connectors.make_connector`.
         predictor: needed by `embed_molecules` where patches come from entropies.
+
+    Example:
+        >>> import edt_former
+        >>> model = edt_former.load("qformer_32")
+        >>> model.embed_molecules(["CCO", "c1ccccc1"]).offsets
+        tensor([ 0, 32, 64])
     """
 
     config_class = MoleculeConfig

@@ -197,6 +197,13 @@ class MoleculeProcessor:
 
     Raises:
         ValueError: the connector reads entropy patches and there is no predictor.
+
+    Example:
+        >>> import edt_former
+        >>> processor = edt_former.load("qformer_32").processor
+        >>> inputs = processor("<mol> question: How many rings does it have? answer:", "CCO")
+        >>> int((inputs["input_ids"] == processor.mol_token_id).sum())
+        32
     """
 
     def __init__(
@@ -468,6 +475,11 @@ def _by_mark(molecules: Any, marks: list[int], mol_token: str) -> list[Any]:
         for row, (count, given) in enumerate(zip(marks, molecules, strict=True)):
             _check_marks(f"row {row} of text", count, len(given), mol_token)
         return [molecule for given in molecules for molecule in given]
+    left = len(molecules)
+    for row, count in enumerate(marks):
+        if count > left:
+            _check_marks(f"row {row} of text", count, left, mol_token)
+        left -= count
     where = "row 0 of text" if len(marks) == 1 else f"text ({len(marks)} rows)"
     _check_marks(where, sum(marks), len(molecules), mol_token)
     return list(molecules)

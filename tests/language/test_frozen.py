@@ -85,6 +85,12 @@ def test_a_folder_without_weights_is_an_error(tmp_path):
         dict(read_weights(tmp_path))
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: "):
+        dict(read_weights(tmp_path))
+
+
 def test_the_input_scale_is_what_the_model_does_to_ids_but_not_to_embeddings():
     assert input_scale(language_model()) == 1
     gemma = AutoModelForCausalLM.from_config(GemmaConfig(**SIZE, head_dim=8))

@@ -27,6 +27,12 @@ def test_paths_are_relative_on_disk_and_absolute_in_memory(tmp_path):
     assert moved.folder("language_model") == tmp_path / "b" / "llm"
 
 
+def test_a_manifest_of_something_else_is_an_error(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"seed": 0}')
+    with pytest.raises(ValueError, match=r"must be the folder of a checkpoint"):
+        Manifest.read(tmp_path)
+
+
 def test_a_part_that_is_nowhere_is_asked_for(tmp_path):
     parts = {"predictor": FrozenPart("cd"), "graph_encoder": FrozenPart("ef", str(tmp_path / "x"))}
     manifest = Manifest(tmp_path, parts)

@@ -324,6 +324,16 @@ def test_checkpoints_share_frozen_parts_and_can_be_moved_with_them(
         torch.testing.assert_close(read(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-5)
 
 
+def test_a_checkpoint_holds_no_path_of_this_machine(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "first", save_frozen=True)
+    read = MoleculeLM.from_pretrained(tmp_path / "first")
+    assert str(tmp_path) in read.config.text_config.name_or_path
+    read.save_pretrained(tmp_path / "second")
+    assert str(tmp_path) in read.config.text_config.name_or_path
+    for file in (tmp_path / "second").glob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file.name
+
+
 def test_a_checkpoint_without_its_frozen_parts_takes_them_as_given(make_model, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "connector")

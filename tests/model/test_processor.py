@@ -173,6 +173,8 @@ def test_errors_name_the_row_the_molecule_and_the_numbers(make_processor):
     processor = make_processor(max_length=8)
     with pytest.raises(ValueError, match=r"row 1 of text must hold <mol> .* got 2 <mol> and 1 "):
         processor(["<mol>", "<mol> <mol>"], [["C"], ["C"]])
+    with pytest.raises(ValueError, match=r"row 1 of text must hold <mol> .* got 2 <mol> and 1 "):
+        processor(["<mol>", "<mol> <mol>"], ["C", "C"])
     with pytest.raises(ValueError, match=r"2 rows\) .* got 1 <mol> and 2 molecules"):
         processor(["<mol>", "yes"], ["C", "C"])
     with pytest.raises(ValueError, match="got 1 <mol> and 0 molecules"):

@@ -7,7 +7,7 @@ import csv
 import sys
 import time
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 DRUGS = (
@@ -21,7 +21,6 @@ DRUGS = (
     "Sildenafil",
 )
 ASKED = ("aromatic rings", "hydrogen-bond donors", "carboxylic acid", "logP", "polar surface area")
-PUBLISHED_SLOTS = 96
 SPEED_BATCH = 12
 
 
@@ -73,11 +72,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _known_drugs(model, _: argparse.Namespace) -> None:
     from edt_former.report.answers import answer_rows
+    from edt_former.report.speed import PUBLISHED_SLOTS
     from edt_former.tasks.heldout import heldout_molecules
     from edt_former.tasks.questions import FACT_BY_KEY
 
     smiles = dict(heldout_molecules())
     print("Eight drugs that no training step has seen; the prompt holds no SMILES, name or size.")
+    print(f"  tokens: what the molecule takes; in arXiv:2602.02742, {PUBLISHED_SLOTS} slots each")
     for key in ASKED:
         print(f"  {key}: {FACT_BY_KEY[key].phrasings[0]}")
     print()
@@ -85,6 +86,7 @@ def _known_drugs(model, _: argparse.Namespace) -> None:
 
 
 def _answer_table(rows) -> str:
+    from edt_former.report.speed import PUBLISHED_SLOTS
     from edt_former.report.table import table
 
     header = ["molecule", "atoms", "patches", f"tokens (not {PUBLISHED_SLOTS})", *ASKED]
@@ -182,6 +184,10 @@ def _ask_about_file(args: argparse.Namespace) -> int:
     molecules = read_file(args.file)
     if args.out is not None and args.out.resolve() == args.file.resolve():
         raise ValueError(f"--out must be another file than the one that is read, got {args.out}")
+    # Before --out is opened: what it holds outlives a FILE that cannot be read.
+    first = next(molecules, None)
+    if first is None:
+        raise ValueError(f"{args.file} has no rows")
     model = load(args.connector)
     shown, reasons, total = [], [], 0
     with ExitStack() as stack:
@@ -190,7 +196,7 @@ def _ask_about_file(args: argparse.Namespace) -> int:
             file = stack.enter_context(args.out.open("w", newline="", encoding="utf-8"))
             writer = csv.writer(file)
             writer.writerow(["name", "smiles", "reason", "atoms", "patches", "tokens", *ASKED])
-        rows = answer_rows(model, molecules, ASKED)
+        rows = answer_rows(model, chain([first], molecules), ASKED)
         for row in tqdm(rows, desc="molecules", unit="mol", disable=not sys.stderr.isatty()):
             total += 1
             if row.reason:
@@ -202,10 +208,9 @@ def _ask_about_file(args: argparse.Namespace) -> int:
                 size = [row.atoms, row.patches, row.tokens] if row.answers else [""] * 3
                 writer.writerow([row.name, row.smiles, row.reason, *size, *answers])
     if total == len(reasons):
-        what = "no rows" if total == 0 else f"no valid molecule in {total} rows: {reasons[0]}"
-        raise ValueError(f"{args.file} has {what}")
+        raise ValueError(f"{args.file} has no valid molecule in {total} rows: {reasons[0]}")
     print(_answer_table(shown))
     if total > len(shown):
         print(f"... and {total - len(shown)} more rows")
-    print(f"\n{total} rows, {total - len(reasons)} answered, {len(reasons)} could not be read")
+    print(f"\n{total} rows, {total - len(reasons)} answered, {len(reasons)} not answered")
     return 0

@@ -24,7 +24,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="a question, may be repeated; without one, all that the model knows are asked",
     )
     parser.add_argument(
-        "--connector", default="edt_former", help="edt_former (default), qformer_32"
+        "--connector", default="edt_former", help="a shipped connector (default: %(default)s)"
     )
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="a saved MoleculeLM instead of the shipped one"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -60,14 +60,18 @@ def read_weights(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: a file is damaged.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no .safetensors file in {folder}")
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping: it has keys() only)
-                yield name, tensors.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (no mapping: it has keys() only)
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def save_part(module: nn.Module, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:

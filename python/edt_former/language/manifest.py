@@ -47,10 +47,14 @@ class Manifest:
 
         Raises:
             FileNotFoundError: there is none.
+            ValueError: it is of something else.
         """
         root = Path(root)
         parts = {}
-        for name, part in json.loads((root / MANIFEST).read_text())["parts"].items():
+        content = json.loads((root / MANIFEST).read_text())
+        if "parts" not in content:
+            raise ValueError(f"{root} must be the folder of a checkpoint, its {MANIFEST} is not")
+        for name, part in content["parts"].items():
             path = part["path"] and os.path.normpath(root / part["path"])
             parts[name] = FrozenPart(**{**part, "path": path, "without": tuple(part["without"])})
         return cls(root, parts)

@@ -11,8 +11,8 @@ from edt_former.model import MoleculeLM
 from edt_former.tasks.evaluation import LONGEST_ANSWER
 from edt_former.tasks.questions import FACT_BY_KEY, facts, parse_answer
 
-LONGEST_QUESTION = 64
-"""Tokens of a question and its answer."""
+ROOM_TO_ASK = 64
+"""Tokens kept for a question and its answer."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _that_fit(model: MoleculeLM, read: list[Molecule | Invalid]) -> list[Molecul
     fitting = []
     for molecule in read:
         tokens = next(counts) if isinstance(molecule, Molecule) else 0
-        if room is not None and tokens + LONGEST_QUESTION > room:
+        if room is not None and tokens + ROOM_TO_ASK > room:
             reason = f"takes {tokens} tokens, the language model reads {room}"
             molecule = Invalid(molecule.smiles, reason)
         fitting.append(molecule)

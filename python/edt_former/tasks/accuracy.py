@@ -17,7 +17,11 @@ _COLUMN = {fact.key: i for i, fact in enumerate(FACTS)}
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers and its 95 % interval."""
+    """A share of right answers and its 95 % interval.
+
+    >>> print(Accuracy(0.5, 0.4, 0.6))
+    0.500 [0.400, 0.600]
+    """
 
     value: float
     low: float
