@@ -21,6 +21,11 @@ READER = ReaderConfig(width=16, intermediate=16, layers=1, heads=2, positions=64
 CONNECTOR = {"encoder_width": 8, "llm_width": 16, "width": 16, "layers": 1, "heads": 2, "ffn": 16}
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like the shipped one, of parts that are tiny and know nothing."""

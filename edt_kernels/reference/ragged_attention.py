@@ -13,7 +13,7 @@ from edt_kernels import _check
 from edt_kernels.reference.entropy import accumulation_dtype
 
 
-class Molecule(NamedTuple):
+class Span(NamedTuple):
     """Where one molecule lies: its rows among queries and keys, and its (query, key) pairs."""
 
     queries: slice
@@ -22,15 +22,15 @@ class Molecule(NamedTuple):
     shape: tuple[int, int]  # Lq, Lk
 
 
-def molecules(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor) -> Iterator[Molecule]:
-    """Every molecule of the batch; ValueError where offsets are malformed."""
+def spans(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor) -> Iterator[Span]:
+    """The span of every molecule of the batch; ValueError where offsets are malformed."""
     _check.offsets_content("q_offsets", q_offsets, q.shape[0])
     _check.offsets_content("k_offsets", k_offsets, k.shape[0])
     starts_q, starts_k, pair = q_offsets.tolist(), k_offsets.tolist(), 0
     for m in range(len(starts_q) - 1):
         queries, keys = slice(*starts_q[m : m + 2]), slice(*starts_k[m : m + 2])
         shape = (queries.stop - queries.start, keys.stop - keys.start)
-        yield Molecule(queries, keys, slice(pair, pair + shape[0] * shape[1]), shape)
+        yield Span(queries, keys, slice(pair, pair + shape[0] * shape[1]), shape)
         pair += shape[0] * shape[1]
 
 
@@ -87,17 +87,17 @@ def ragged_attention_general(
     dtype, heads = accumulation_dtype(q.dtype), q.shape[1]
     outs, lses, scores = [], [], []
     used, pairs = 0, 0
-    for molecule in molecules(q, k, q_offsets, k_offsets):
-        used, pairs = molecule.queries.stop, molecule.pairs.stop
-        if 0 in molecule.shape:
-            outs.append(q.new_zeros(molecule.shape[0], *q.shape[1:]))
-            lses.append(q.new_full((molecule.shape[0], heads), -torch.inf, dtype=dtype))
+    for span in spans(q, k, q_offsets, k_offsets):
+        used, pairs = span.queries.stop, span.pairs.stop
+        if 0 in span.shape:
+            outs.append(q.new_zeros(span.shape[0], *q.shape[1:]))
+            lses.append(q.new_full((span.shape[0], heads), -torch.inf, dtype=dtype))
             continue
-        x = _logits(q, k, bias, molecule, causal, scale, dtype)
+        x = _logits(q, k, bias, span, causal, scale, dtype)
         p, lse = _softmax(x)
         if dropout_p > 0:
             p = p * _dropout(seed, x, dropout_p)
-        o = p @ _per_head(v, molecule.keys, heads, dtype)
+        o = p @ _per_head(v, span.keys, heads, dtype)
         outs.append(o.transpose(0, 1).to(q.dtype))
         lses.append(lse.transpose(0, 1))
         if return_scores:
@@ -134,11 +134,11 @@ def ragged_attention_general_bwd(
     dtype, heads, kv_heads = lse.dtype, q.shape[1], k.shape[1]
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     dbias = q.new_zeros(0 if bias is None else bias.shape[0], heads)
-    for molecule in molecules(q, k, q_offsets, k_offsets):
-        if 0 in molecule.shape:
+    for span in spans(q, k, q_offsets, k_offsets):
+        if 0 in span.shape:
             continue
-        rows, keys, pairs, shape = molecule
-        x = _logits(q, k, bias, molecule, causal, scale, dtype)
+        rows, keys, pairs, shape = span
+        x = _logits(q, k, bias, span, causal, scale, dtype)
         p, _ = _softmax(x)
         drop = _dropout(seed, x, dropout_p) if dropout_p > 0 else 1.0
         do = _per_head(grad, rows, heads, dtype)
@@ -176,21 +176,21 @@ def _logits(
     q: Tensor,
     k: Tensor,
     bias: Tensor | None,
-    molecule: Molecule,
+    span: Span,
     causal: bool,
     scale: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
     heads = q.shape[1]
-    x = _per_head(q, molecule.queries, heads, dtype) @ _per_head(k, molecule.keys, heads, dtype).mT
+    x = _per_head(q, span.queries, heads, dtype) @ _per_head(k, span.keys, heads, dtype).mT
     x = x * _scale(q, scale)
     if bias is not None:
-        if molecule.pairs.stop > bias.shape[0]:
+        if span.pairs.stop > bias.shape[0]:
             raise ValueError(
-                f"bias must have one row per (query, key) pair, at least {molecule.pairs.stop}, "
+                f"bias must have one row per (query, key) pair, at least {span.pairs.stop}, "
                 f"got {bias.shape[0]}"
             )
-        x = x + bias[molecule.pairs].to(dtype).unflatten(0, molecule.shape).permute(2, 0, 1)
+        x = x + bias[span.pairs].to(dtype).unflatten(0, span.shape).permute(2, 0, 1)
     return x.masked_fill(_hidden(x), -torch.inf) if causal else x
 
 

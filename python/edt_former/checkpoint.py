@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -101,6 +100,8 @@ def local_folder(source: Path | str) -> Path:
     """A folder as it is; anything else is the name of a repository on the Hugging Face Hub."""
     if Path(source).is_dir():
         return Path(source)
+    from huggingface_hub import snapshot_download
+
     return Path(snapshot_download(str(source), allow_patterns=list(HUB_FILES)))
 
 

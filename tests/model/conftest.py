@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
@@ -65,11 +64,6 @@ CONNECTORS = {
     },
     "qformer": {"name": "qformer", "num_queries": 3},
 }
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.fixture

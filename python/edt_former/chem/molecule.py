@@ -106,6 +106,9 @@ def read_selfies(source: str, *, max_atoms: int = MAX_ATOMS) -> Molecule | Inval
 
     Raises:
         ImportError: `selfies` is not installed.
+
+    >>> read_selfies("[O][C][C]").smiles  # doctest: +SKIP
+    'CCO'
     """
     try:
         import selfies
@@ -254,6 +257,13 @@ def read_file(path: str | Path) -> Iterator[tuple[str, str]]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the suffix is none of these, or no column holds SMILES.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "alcohols.csv")
+    ...     _ = path.write_text("name,SMILES\\nethanol,CCO\\nmethanol,CO\\n")
+    ...     list(read_file(path))
+    [('ethanol', 'CCO'), ('methanol', 'CO')]
     """
     path = Path(path)
     if not path.is_file():

@@ -47,7 +47,28 @@ _CONNECTORS: dict[str, type[Connector]] = {}
 
 
 def register_connector(name: str) -> Callable[[type[Connector]], type[Connector]]:
-    """Class decorator: `make_connector` finds the class by `name`; it is built from a mapping."""
+    """Class decorator: `make_connector` finds the class by `name`; it is built from a mapping.
+
+    Example:
+        >>> import torch
+        >>> from edt_kernels import segment_pool
+        >>> @register_connector("mean")
+        ... class Mean(Connector):
+        ...     def __init__(self, config: Mapping[str, object]) -> None:
+        ...         super().__init__()
+        ...         self.config, self.patch_options = dict(config), PatchOptions(sources=())
+        ...         self.project = nn.Linear(config["encoder_width"], config["llm_width"])
+        ...
+        ...     def forward(self, features, patches):
+        ...         mean = self.project(segment_pool(*features, reduce="mean"))
+        ...         return MoleculeTokens(mean, torch.arange(len(mean) + 1, device=mean.device))
+        ...
+        ...     def token_counts(self, patch_counts, num_molecules):
+        ...         return [1] * num_molecules
+        >>> connector = make_connector({"name": "mean", "encoder_width": 4, "llm_width": 8})
+        >>> connector(GraphFeatures(torch.ones(3, 4), torch.tensor([0, 2, 3])), {}).values.shape
+        torch.Size([2, 8])
+    """
 
     def register(cls: type[Connector]) -> type[Connector]:
         _CONNECTORS[name] = cls

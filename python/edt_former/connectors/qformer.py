@@ -54,6 +54,13 @@ class QueryTransformer(nn.Module):
         dropout: of hidden states and attention weights, in training.
         text_vocab_size: makes the text branch, with that many word embeddings.
         text_positions: longest text.
+
+    Example:
+        >>> import torch
+        >>> model = QueryTransformer(width=8, layers=1, heads=2, ffn=16, key_width=4)
+        >>> query_offsets, key_offsets = torch.tensor([0, 3, 6]), torch.tensor([0, 5, 5])
+        >>> model(torch.zeros(6, 8), query_offsets, torch.zeros(5, 4), key_offsets).queries.shape
+        torch.Size([6, 8])
     """
 
     def __init__(

@@ -54,7 +54,21 @@ _ENCODERS: dict[str, type[GraphEncoder]] = {}
 
 
 def register_encoder(name: str) -> Callable[[type[GraphEncoder]], type[GraphEncoder]]:
-    """Class decorator: `make_encoder` finds the class by `name`, its options are the config."""
+    """Class decorator: `make_encoder` finds the class by `name`, its options are the config.
+
+    Example:
+        >>> @register_encoder("elements")
+        ... class Elements(GraphEncoder):
+        ...     def __init__(self, width: int) -> None:
+        ...         super().__init__()
+        ...         self.width, self.config = width, {"name": "elements", "width": width}
+        ...         self.embedding = nn.Embedding(119, width)
+        ...
+        ...     def forward(self, batch: GraphBatch) -> GraphFeatures:
+        ...         return GraphFeatures(self.embedding(batch.elements), batch.offsets)
+        >>> make_encoder({"name": "elements", "width": 4}).width
+        4
+    """
 
     def register(cls: type[GraphEncoder]) -> type[GraphEncoder]:
         _ENCODERS[name] = cls

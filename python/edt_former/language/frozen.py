@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,15 @@ def save_part(module: nn.Module, folder: Path | str, *, dtype: torch.dtype | Non
 
     Args:
         dtype: of the floating-point weights on disk; None keeps them.
+
+    Example:
+        >>> import tempfile
+        >>> from edt_former.graph import make_encoder
+        >>> encoder = make_encoder({"name": "gin", "layers": 1, "width": 8})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_part(encoder, folder, dtype=torch.bfloat16)
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['config.json', 'model.safetensors']
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +102,16 @@ def load_part(build: Callable[[dict[str, Any]], nn.Module], folder: Path | str) 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the weights do not fit the module.
+
+    Example:
+        >>> import tempfile
+        >>> from edt_former.graph import make_encoder
+        >>> encoder = make_encoder({"name": "gin", "layers": 1, "width": 8})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_part(encoder, folder)
+        ...     read = load_part(make_encoder, folder)
+        >>> content_hash(read.state_dict().items()) == content_hash(encoder.state_dict().items())
+        True
     """
     module = build(json.loads((Path(folder) / CONFIG).read_text()))
     load_strictly(module, dict(read_weights(folder)), source=folder)
@@ -148,8 +168,10 @@ def write_weights(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype 
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON for people: indented, with a newline at the end."""
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    """Writes JSON for people, indented; whole or not at all, whenever the run is killed."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, file)
 
 
 @torch.no_grad()

@@ -32,6 +32,16 @@ def ask(
 
     Raises:
         ValueError: the question holds `<mol>`, but not `molecules` times.
+
+    >>> from tokenizers import Tokenizer
+    >>> from tokenizers.models import WordLevel
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel()))
+    >>> ask(tokenizer, "Is <mol> larger than <mol>?", molecules=2)
+    'question: Is <mol> larger than <mol>? answer:'
+    >>> tokenizer.chat_template = "User: {{ messages[0].content }} Assistant:"
+    >>> ask(tokenizer, "Is it a drug?")
+    'User: <mol> Is it a drug? Assistant:'
     """
     marked = question.count(mol_token)
     if marked not in (0, molecules):
@@ -65,6 +75,16 @@ def render(
 
     Raises:
         ValueError: an item of another type.
+
+    >>> from tokenizers import Tokenizer
+    >>> from tokenizers.models import WordLevel
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel()))
+    >>> tokenizer.chat_template = "User: {{ messages[0].content }} Assistant:"
+    >>> ethanol = {"type": "molecule", "molecule": "CCO"}
+    >>> question = {"type": "text", "text": "Is it a drug?"}
+    >>> render(tokenizer, [{"role": "user", "content": [ethanol, question]}])
+    ('User: <mol> Is it a drug? Assistant:', ['CCO'])
     """
     molecules: list[Any] = []
     flat = [

@@ -48,6 +48,13 @@ def answer_rows(
         model: with its processor.
         rows: for instance `edt_former.chem.read_file(path)`.
         keys: of the facts to ask for, see `edt_former.tasks.questions.FACTS`.
+
+    >>> import edt_former
+    >>> rows = [("ethanol", "CCO"), ("broken", "C1CC")]
+    >>> for row in answer_rows(edt_former.load(), rows, ("rings",)):
+    ...     print(row.name, row.truth or row.reason)
+    ethanol {'rings': '0'}
+    broken unclosed ring
     """
     rows = iter(rows)
     while block := list(islice(rows, chunk)):

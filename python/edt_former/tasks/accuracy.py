@@ -101,6 +101,12 @@ class Guesses:
         constant: [F] answer ids.
         by_size: size bin (heavy atoms // SIZE_BIN) to answer ids [F].
         by_tokens: token count to answer ids [F].
+
+    >>> truth = np.array([[0] * len(FACTS), [1] * len(FACTS)])
+    >>> guesses = Guesses.count(truth, sizes=np.array([3, 12]), tokens=np.array([34, 37]))
+    >>> answers = guesses.answers(sizes=np.array([4, 30]), tokens=np.array([34, 34]))
+    >>> {name: ids[:, 0].tolist() for name, ids in answers.items()}
+    {'constant answer': [0, 0], 'majority of the size bin': [0, 1], 'token count alone': [0, 0]}
     """
 
     constant: list[int]

@@ -27,6 +27,13 @@ def answer_questions(
 
     Returns:
         int64 [M, F], index into `Fact.answers`; -1 where the text is no answer to the question.
+
+    >>> import edt_former
+    >>> from edt_former.chem import read_molecules
+    >>> molecules = read_molecules(["CCO", "c1ccccc1"])
+    >>> answered = answer_questions(edt_former.load(), molecules, progress=False)
+    >>> answered.shape == (2, len(FACTS))
+    True
     """
     pairs = [(molecule, fact) for molecule in molecules for fact in FACTS]
     texts: list[str] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import random
 from collections import Counter
@@ -20,7 +19,9 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 from tqdm import tqdm
 
 from edt_former.chem import Invalid, Molecule, rdkit_mol, read_file, read_molecule
+from edt_former.chem.features import ATOM_FEATURE_SIZES
 from edt_former.graph.batch import GraphBatch
+from edt_former.language.frozen import write_json
 from edt_former.tasks.heldout import HeldOut
 from edt_former.tasks.questions import FACTS, answer_ids
 
@@ -108,7 +109,7 @@ class MoleculeTable:
             bond_features=torch.from_numpy(self.bond_features[bonds].astype(np.int64)),
             bond_offsets=torch.cat([incoming.new_zeros(1), incoming.cumsum(0)]),
             offsets=torch.from_numpy(offsets),
-            elements=(atom_features[:, 0] + 1) % 119,
+            elements=(atom_features[:, 0] + 1) % ATOM_FEATURE_SIZES[0],
         )
 
     def save(self, folder: Path) -> None:
@@ -198,7 +199,7 @@ def prepare(data: Path, folder: Path, *, seed: int, processes: int, scale: float
         "self_supervised": SELF_SUPERVISED,
         "questions": [fact.key for fact in FACTS],
     }
-    (folder / "data.json").write_text(json.dumps(facts, indent=1))
+    write_json(folder / "data.json", facts)
 
 
 @cache

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import edt_kernels
 from edt_former.chem.features import ATOM_FEATURE_SIZES
+from edt_former.connectors.qformer import ATOMS_PER_UNIT
 from edt_former.graph.batch import GraphBatch
 from edt_former.graph.encoder import GraphEncoder, make_encoder
 from edt_former.train.tiny.data import MoleculeTable
@@ -23,8 +24,6 @@ MASKED = {0: ATOM_FEATURE_SIZES[0] - 1, 4: ATOM_FEATURE_SIZES[4] - 1, 6: ATOM_FE
 hybridisation), and the entry that hides them: each table's last, "none of the above"."""
 
 MASK_SHARE = 0.15
-ATOMS_PER_UNIT = 16
-"""Sums over a molecule are divided by this, so that they are of order 1."""
 
 
 class _Pretraining(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from edt_former.chem import Molecule, read_molecule
+from edt_former.language.frozen import write_json
 from edt_former.model import MoleculeLM
 from edt_former.tasks.accuracy import Guesses, accuracies
 from edt_former.tasks.evaluation import answer_questions, without_molecule
@@ -37,6 +37,16 @@ from edt_former.train.tiny.reader import train_reader
 STEPS = {"encoder": 800, "predictor": 600, "reader": 500, "stage 1": 2200, "stage 2": 300}
 HALF = torch.float16
 """Of the weights on disk. Frozen parts are rounded before anything is trained against them."""
+
+METHOD = {
+    "graph encoder": "self-supervised; no fact that a question asks for is among its targets",
+    "language model": "never sees a molecule; learned to read facts that stand in its context as "
+    "soft tokens, each the sum of the embeddings of a key and an answer, under noise and clutter, "
+    "and to echo the key before the answer; frozen after it passed the gate (see reading)",
+    "connectors": "trained from scratch against the same frozen parts, with the truths of the "
+    "questions on training molecules; stage 1: a query per fact learns to write its soft token; "
+    "stage 2: the language model's loss on answers alone",
+}
 
 TEST_MOLECULES = 300
 """Of the scaffold-held-out split, asked about in the final evaluation."""
@@ -122,6 +132,7 @@ def run_recipe(
                 MoleculeLM.from_pretrained(shipped / name), guesses, known, asked
             )
     manifest = {
+        "method": METHOD,
         "data": json.loads((out / "data.json").read_text()),
         "seed": seed,
         "scale": scale,
@@ -134,13 +145,13 @@ def run_recipe(
         "accuracy": results,
         "guesses": guesses.to_json(),
     }
-    (shipped / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    write_json(shipped / "manifest.json", manifest)
 
 
 def _same_run(file: Path, settings: dict) -> None:
     """Remember the settings of a run; one with others must not go on from its checkpoints."""
     if not file.exists():
-        file.write_text(json.dumps(settings))
+        write_json(file, settings)
     elif (found := json.loads(file.read_text())) != settings:
         raise ValueError(f"{file.parent} has a run with {found}, this one has {settings}")
 
@@ -205,6 +216,4 @@ class _Clock:
             yield
         finally:
             self.seconds[step] = round(self.seconds.get(step, 0) + time.perf_counter() - start, 1)
-            partial = self.file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.seconds))
-            os.replace(partial, self.file)
+            write_json(self.file, self.seconds)
