@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 import pytest
-from rdkit import Chem
+from rdkit import Chem, rdBase
 
 from edt_former.chem import (
     Invalid,
@@ -175,6 +175,16 @@ def test_terminal_stays_quiet_and_logging_as_it_was(capfd):
     assert logging.getLogger("rdkit").handlers == handlers
     Chem.MolFromSmiles("C1CC")
     assert "unclosed ring" in capfd.readouterr().err
+
+
+def test_a_log_that_was_off_stays_off():
+    rdBase.DisableLog("rdApp.error")
+    try:
+        before = rdBase.LogStatus()
+        read_molecule("C1CC")
+        assert rdBase.LogStatus() == before
+    finally:
+        rdBase.EnableLog("rdApp.error")
 
 
 def test_read_molecules_keeps_the_order(capsys):

@@ -114,7 +114,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(tmp_path):
     """By the system, without a chance to tidy up."""
     checkpoint = tmp_path / "killed.pt"
     script = KILLED.format(here=str(Path(__file__).parent), checkpoint=str(checkpoint))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    # Sums are rounded as the number of threads says.
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, text=True
     )

@@ -9,6 +9,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def read_molecule(source: str | Chem.Mol, *, max_atoms: int = MAX_ATOMS) -> Mole
     'Explicit valence for atom # 1 C, 5, is greater than permitted'
     """
     try:
-        with rdBase.BlockLogs():
+        with _quiet():
             mol, order = _parse(source)
             return _canonical(mol, order, max_atoms)
     except (ValueError, RuntimeError) as error:
@@ -131,7 +132,7 @@ def rdkit_mol(molecule: Molecule) -> Chem.Mol:
     >>> [atom.GetSymbol() for atom in rdkit_mol(read_molecule("OCC")).GetAtoms()]
     ['C', 'C', 'O']
     """
-    with rdBase.BlockLogs():
+    with _quiet():
         return Chem.MolFromSmiles(molecule.smiles)
 
 
@@ -217,19 +218,34 @@ class _ErrorLines(logging.Handler):
 _log_lock = threading.Lock()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """RDKit logs nothing inside, and what it logged before again afterwards.
+
+    `rdBase.BlockLogs` forgets what it blocked when the log is led elsewhere inside, as
+    `_parse_error` does.
+    """
+    levels = [line.split(":") for line in rdBase.LogStatus().splitlines()]
+    for name, _ in levels:
+        rdBase.DisableLog(name)
+    try:
+        yield
+    finally:
+        for name, state in levels:
+            (rdBase.EnableLog if state == "enabled" else rdBase.DisableLog)(name)
+
+
 def _parse_error(smiles: str) -> str:
     """RDKit's own words on why it cannot parse `smiles`."""
     logger, handler = logging.getLogger("rdkit"), _ErrorLines()
     with _log_lock:
         handlers, logger.handlers = logger.handlers, [handler]
-        enabled = "rdApp.error:enabled" in rdBase.LogStatus()
         rdBase.LogToPythonLogger()
         rdBase.EnableLog("rdApp.error")
         try:
             Chem.MolFromSmiles(smiles)
         finally:
-            if not enabled:
-                rdBase.DisableLog("rdApp.error")
+            rdBase.DisableLog("rdApp.error")
             rdBase.LogToCppStreams()
             logger.handlers = handlers
     lines = [line.strip() for text in handler.lines for line in text.splitlines()]
