@@ -75,7 +75,7 @@ class _Rows:
 
 
 def _quantile(entropy: Tensor, offsets: Tensor, batch: _Rows, q: float) -> Tensor:
-    """`torch.quantile(entropy of the molecule, q)`, bit for bit; NaN for an empty molecule."""
+    """`torch.quantile(entropy of the molecule, q)`; NaN for an empty molecule."""
     order = entropy.argsort(stable=True)
     order = order[batch.molecule[order].argsort(stable=True)]
     ordered = torch.cat([entropy[order], entropy.new_full((1,), torch.nan)])

@@ -152,13 +152,16 @@ def test_every_dtype_and_offsets_dtype(rule, dtype):
 
 @pytest.mark.parametrize("q", [0.0, 0.1, 0.5, 0.75, 0.9, 1 / 3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_quantile_is_that_of_torch_bit_for_bit(q, dtype):
+def test_the_quantile_is_that_of_torch(q, dtype):
+    """Up to the rounding of the interpolation, which differs between versions of torch."""
     h, offsets = pack(lengths=(0, *range(1, 60), 500), dtype=dtype)
     found = find_patches(h, offsets, rule="rising_edge", q=q).threshold
     assert found[0].isnan()
     bounds = offsets.tolist()
     true = [torch.quantile(h[a:b], q) for a, b in itertools.pairwise(bounds[1:])]
-    assert torch.equal(found[1:], torch.stack(true))
+    torch.testing.assert_close(
+        found[1:], torch.stack(true), rtol=8 * torch.finfo(dtype).eps, atol=0
+    )
 
 
 def test_what_threshold_holds():
