@@ -1,8 +1,8 @@
 // Attention of one molecule and head at a time, everything in cache. A block of queries goes
 // through all keys at once, so the softmax sees whole rows and nothing is rescaled:
 //   forward   S = Q K^T,  P = softmax(S),  O = P V
-//   backward  P from S and the lse, normalised again,  dP = dO V^T,  dS = P (dP - rowsum(P dP) +
-//   dlse),
+//   backward  P from S and the lse, normalised again,  dP = dO V^T,
+//             dS = P (dP - rowsum(P dP) + dlse),
 //             dV = P^T dO,  dQ = dS K,  dK = dS^T Q
 // All seven products are one micro-kernel, C (+)= A B, with B in rows of whole vectors and A read
 // number by number at any strides. Every choice depends on the molecule alone.

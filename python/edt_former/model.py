@@ -288,7 +288,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         inputs_only = slots if new_ids is None else slots | (new_ids >= 0)
         embeds = self.get_input_embeddings()(input_ids.masked_fill(inputs_only, 0))
 
-        rows = _cumulative(molecule_counts.to(device))
+        rows = edt_kernels.offsets_from_lengths(molecule_counts.to(device))
         if int(rows[-1]) != graph.num_molecules:
             raise ValueError(
                 f"molecule_counts must sum to the molecules of graph, {graph.num_molecules}, "
@@ -551,10 +551,6 @@ def _check_counts(slots: Tensor, token_offsets: Tensor) -> None:
                 f"row {row} of input_ids has {placeholders} placeholders, its molecules have "
                 f"{tokens} tokens"
             )
-
-
-def _cumulative(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
 def _positions(attention_mask: Tensor) -> Tensor:

@@ -112,8 +112,8 @@ def _accuracy(model, args: argparse.Namespace) -> None:
     from edt_former.chem import read_molecules
     from edt_former.report.table import table
     from edt_former.shipped import manifest
-    from edt_former.tasks.accuracy import Guesses, accuracies
-    from edt_former.tasks.evaluation import answer_questions, without_molecule
+    from edt_former.tasks.accuracy import Guesses
+    from edt_former.tasks.evaluation import compare
     from edt_former.tasks.heldout import heldout_molecules
     from edt_former.tasks.questions import FACTS, QUESTION_TYPES, answer_ids
 
@@ -122,15 +122,8 @@ def _accuracy(model, args: argparse.Namespace) -> None:
     drawn = random.Random(args.seed).sample(listed, count)
     molecules = read_molecules([smiles for _, smiles in drawn])
     truth = np.stack([answer_ids(molecule) for molecule in molecules])
-    sizes = np.array([molecule.num_atoms for molecule in molecules])
-    tokens = np.array(model.processor.token_counts(molecules))
-    recorded = manifest()
-    contenders = {
-        f"{args.connector}, frozen language model": answer_questions(model, molecules),
-        "language model without molecule": np.tile(without_molecule(model), (count, 1)),
-        **Guesses.from_json(recorded["guesses"]).answers(sizes, tokens),
-    }
-    results = {name: accuracies(answered, truth) for name, answered in contenders.items()}
+    results = compare(model, molecules, truth, Guesses.from_json(manifest()["guesses"]))
+    results = {f"{args.connector}, frozen language model": results.pop("model"), **results}
     print(
         f"\nRight answers on {count} of {len(listed)} held-out drugs, {len(FACTS)} questions each, "
         f"mean over {len(QUESTION_TYPES)} types of question [95 % interval]:\n"

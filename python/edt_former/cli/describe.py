@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from edt_former.model import MoleculeLM
     from edt_former.report.table import table
     from edt_former.shipped import load
-    from edt_former.tasks.questions import FACTS, facts, match_question, parse_answer
+    from edt_former.tasks.questions import FACTS, facts, match_question, value_of
 
     if args.model is not None and not args.model.is_dir():
         raise ValueError(f"--model must be a folder, got {args.model}")
@@ -53,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for question, answer in zip(questions, answers, strict=True):
         key = match_question(question)
-        said = parse_answer(answer)
-        value = said[1] if said and said[0] == key else answer
+        value = (value_of(answer, key) if key else None) or answer
         rows.append((question, value, truth[key] if key else "-"))
         if key is None and args.model is None:
             print(

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from edt_kernels import offsets_from_lengths
+
 
 class MoleculeArrays(Protocol):
     """What `GraphBatch.pack` reads of a molecule, all numpy int64."""
@@ -69,7 +71,7 @@ class GraphBatch:
             return cls(*_no_atoms())
         atom_features = _cat([m.atom_features for m in molecules])
         bond_index = _cat([m.bond_index for m in molecules], dim=1)
-        offsets = _cumulative([len(m.atom_features) for m in molecules])
+        offsets = offsets_from_lengths(torch.tensor([len(m.atom_features) for m in molecules]))
         bonds = torch.tensor([m.bond_index.shape[1] for m in molecules])
         bond_index += offsets[:-1].repeat_interleave(bonds)
         incoming = torch.bincount(bond_index[1], minlength=atom_features.shape[0])
@@ -77,7 +79,7 @@ class GraphBatch:
             atom_features=atom_features,
             bond_index=bond_index,
             bond_features=_cat([m.bond_features for m in molecules]),
-            bond_offsets=_cumulative(incoming),
+            bond_offsets=offsets_from_lengths(incoming),
             offsets=offsets,
             elements=_cat([m.elements for m in molecules]),
         )
@@ -85,11 +87,6 @@ class GraphBatch:
 
 def _cat(arrays: list, dim: int = 0) -> Tensor:
     return torch.cat([torch.from_numpy(array) for array in arrays], dim)
-
-
-def _cumulative(lengths: Tensor | list[int]) -> Tensor:
-    lengths = torch.as_tensor(lengths)
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
 def _no_atoms() -> tuple[Tensor, ...]:

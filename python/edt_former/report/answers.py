@@ -9,7 +9,7 @@ from itertools import islice
 from edt_former.chem import Invalid, Molecule, read_molecule
 from edt_former.model import MoleculeLM
 from edt_former.tasks.evaluation import LONGEST_ANSWER
-from edt_former.tasks.questions import FACT_BY_KEY, facts, parse_answer
+from edt_former.tasks.questions import FACT_BY_KEY, facts, value_of
 
 ROOM_TO_ASK = 64
 """Tokens kept for a question and its answer."""
@@ -106,10 +106,5 @@ def _answer(
     answers = []
     for i, count in enumerate(counts):
         said = texts[i * len(keys) : (i + 1) * len(keys)]
-        answers.append((count, {k: _value(t, k) for k, t in zip(keys, said, strict=True)}))
+        answers.append((count, {k: value_of(t, k) or t for k, t in zip(keys, said, strict=True)}))
     return answers
-
-
-def _value(text: str, key: str) -> str:
-    said = parse_answer(text)
-    return said[1] if said is not None and said[0] == key else text

@@ -66,9 +66,8 @@ def connector_speed(
     torch.manual_seed(seed)
     dynamic = EDTFormer({**config, "num_queries": STATIC_QUERIES}).eval()
     static = QFormer({**config, "num_queries": STATIC_QUERIES}).eval()
-    static.load_state_dict(
-        {name: dynamic.state_dict()[name] for name in static.state_dict()}, assign=True
-    )
+    shared = dynamic.state_dict()
+    static.load_state_dict({name: shared[name] for name in static.state_dict()}, assign=True)
 
     def padded(connector: QFormer, slots: int) -> tuple[Rows, Tensor]:
         queries, keys = connector.queries(features, patches), connector.keys(features)

@@ -9,7 +9,8 @@ from tqdm import trange
 
 from edt_former.chem import Molecule
 from edt_former.model import MoleculeLM
-from edt_former.tasks.questions import FACT_BY_KEY, FACTS, parse_answer
+from edt_former.tasks.accuracy import Accuracy, Guesses, accuracies
+from edt_former.tasks.questions import FACT_BY_KEY, FACTS, value_of
 
 UNREADABLE = -1
 LONGEST_ANSWER = 8
@@ -62,13 +63,40 @@ def without_molecule(model: MoleculeLM) -> np.ndarray:
     return np.array([read_answer(t, fact.key) for t, fact in zip(texts, FACTS, strict=True)])
 
 
+def compare(
+    model: MoleculeLM,
+    molecules: Sequence[Molecule],
+    truth: np.ndarray,
+    guesses: Guesses,
+    *,
+    progress: bool = True,
+) -> dict[str, dict[str, Accuracy]]:
+    """Accuracies by type of question of "model" and of every baseline, in that order.
+
+    Args:
+        model: with its processor.
+        molecules: M of them.
+        truth: int64 [M, F], see `edt_former.tasks.questions.answer_ids`.
+        guesses: of the training molecules.
+        progress: show a bar.
+    """
+    sizes = np.array([molecule.num_atoms for molecule in molecules])
+    tokens = np.array(model.processor.token_counts(molecules))
+    answered = {
+        "model": answer_questions(model, molecules, progress=progress),
+        "language model without molecule": np.tile(without_molecule(model), (len(truth), 1)),
+        **guesses.answers(sizes, tokens),
+    }
+    return {who: accuracies(given, truth) for who, given in answered.items()}
+
+
 def read_answer(text: str, key: str) -> int:
     """Index of the answer that a text gives to the question for `key`; -1 where it gives none.
 
     >>> [read_answer(text, "rings") for text in ("rings: 3", "amide: yes", "?")]
     [3, -1, -1]
     """
-    said = parse_answer(text)
-    if said is None or said[0] != key:
+    value = value_of(text, key)
+    if value is None:
         return UNREADABLE
-    return [answer.lower() for answer in FACT_BY_KEY[key].answers].index(said[1])
+    return [answer.lower() for answer in FACT_BY_KEY[key].answers].index(value)

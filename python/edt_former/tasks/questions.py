@@ -226,6 +226,16 @@ def parse_answer(text: str) -> tuple[str, str] | None:
     return (key, answer[1].lower()) if answer else None
 
 
+def value_of(text: str, key: str) -> str | None:
+    """The answer that a text gives to the question for `key`; None where it gives none.
+
+    >>> value_of("rings: 3", "rings"), value_of("rings: 3", "amide")
+    ('3', None)
+    """
+    said = parse_answer(text)
+    return said[1] if said is not None and said[0] == key else None
+
+
 def match_question(text: str) -> str | None:
     """The key that a question asks for; None when it names no fact, or more than one.
 

@@ -25,17 +25,20 @@ from edt_kernels import Patches
 SIZES = {"width": 128, "layers": 3, "heads": 4, "ffn": 512, "dropout": 0.0, "sum_tokens": 4}
 """Of every connector; all have the sums over atoms, without which none can count."""
 
+ANCHORS = 32
+"""Learned queries of EDT-Former, and of the smaller static Q-Former."""
+
 PATCHES = PatchOptions(sources=("entropy",), rule="local_max")
 
 
 def connector_configs(encoder_width: int, llm_width: int, equal_tokens: int) -> dict[str, dict]:
-    """EDT-Former, the static Q-Former with 32 queries, and with as many as EDT-Former's mean."""
+    """EDT-Former, and static Q-Formers with its anchors' number of queries and its mean number."""
     common = {**SIZES, "encoder_width": encoder_width, "llm_width": llm_width}
     common["cross_attention_freq"] = 1
     patches = {"sources": PATCHES.sources, "rule": PATCHES.rule}
     return {
-        "edt_former": {"name": "edt_former", **common, "num_queries": 32, "patches": patches},
-        "qformer_32": {"name": "qformer", **common, "num_queries": 32},
+        "edt_former": {"name": "edt_former", **common, "num_queries": ANCHORS, "patches": patches},
+        f"qformer_{ANCHORS}": {"name": "qformer", **common, "num_queries": ANCHORS},
         f"qformer_{equal_tokens}": {"name": "qformer", **common, "num_queries": equal_tokens},
     }
 

@@ -18,6 +18,7 @@ from rdkit.Chem import BRICS, rdFingerprintGenerator, rdMolDescriptors
 from rdkit.Chem.Scaffolds import MurckoScaffold
 from tqdm import tqdm
 
+import edt_kernels
 from edt_former.chem import Invalid, Molecule, rdkit_mol, read_file, read_molecule
 from edt_former.chem.features import ATOM_FEATURE_SIZES
 from edt_former.graph.batch import GraphBatch
@@ -107,7 +108,7 @@ class MoleculeTable:
             atom_features=atom_features,
             bond_index=bond_index,
             bond_features=torch.from_numpy(self.bond_features[bonds].astype(np.int64)),
-            bond_offsets=torch.cat([incoming.new_zeros(1), incoming.cumsum(0)]),
+            bond_offsets=edt_kernels.offsets_from_lengths(incoming),
             offsets=torch.from_numpy(offsets),
             elements=(atom_features[:, 0] + 1) % ATOM_FEATURE_SIZES[0],
         )

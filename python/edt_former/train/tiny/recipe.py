@@ -19,11 +19,12 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from edt_former.chem import Molecule, read_molecule
 from edt_former.language.frozen import write_json
 from edt_former.model import MoleculeLM
-from edt_former.tasks.accuracy import Guesses, accuracies
-from edt_former.tasks.evaluation import answer_questions, without_molecule
+from edt_former.tasks.accuracy import Guesses
+from edt_former.tasks.evaluation import compare
 from edt_former.tasks.heldout import heldout_molecules
 from edt_former.tasks.questions import FACTS, answer_ids
 from edt_former.train.tiny.connector import (
+    ANCHORS,
     connector_configs,
     read_features,
     train_connector,
@@ -100,7 +101,7 @@ def run_recipe(
 
     with clock("frozen features"):
         features = read_features(train, encoder, predictor)
-    tokens = 32 + features.patch_counts
+    tokens = ANCHORS + features.patch_counts
     width = language_model.config.hidden_size
     configs = connector_configs(encoder.width, width, round(tokens.mean()))
     sizes = np.diff(train.offsets)
@@ -173,16 +174,10 @@ def _evaluate(
     """Accuracies by type of the model and of every baseline, on both held-out sets."""
     result = {}
     for name, (molecules, truth) in {"known drugs": known, "held-out scaffolds": asked}.items():
-        sizes = np.array([molecule.num_atoms for molecule in molecules])
-        tokens = np.array(model.processor.token_counts(molecules))
-        answers = {
-            "model": answer_questions(model, molecules),
-            "language model without molecule": np.tile(without_molecule(model), (len(truth), 1)),
-            **guesses.answers(sizes, tokens),
-        }
+        compared = compare(model, molecules, truth, guesses)
         result[name] = {
-            who: {kind: asdict(a) for kind, a in accuracies(given, truth).items()}
-            for who, given in answers.items()
+            who: {kind: asdict(accuracy) for kind, accuracy in by_type.items()}
+            for who, by_type in compared.items()
         }
     return result
 
