@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from edt_kernels import _native
+
 _LIBRARY = torch.library.Library("edt", "DEF")
 NAMES: list[str] = []  # of every op defined, in order
 
@@ -31,6 +33,20 @@ def define(schema: str, *, reference: Callable, fake: Callable) -> torch._ops.Op
     torch.library.register_fake(f"edt::{name}", fake, lib=_LIBRARY)
     NAMES.append(name)
     return getattr(torch.ops.edt, name).default
+
+
+def kernel_checks(x: object) -> bool:
+    """Whether a native kernel will serve a call with `x` and refuse what it cannot take.
+
+    Then Python's checks wait for the refusal, and say in the user's words what was wrong: done
+    first they would cost more than a small kernel.
+    """
+    return (
+        _native.loaded
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+    )
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

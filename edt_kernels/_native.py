@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 
 ISA_NAMES = ("scalar", "avx2", "avx512")
+loaded = False
 _failure: str | None = None
+_library: ctypes.CDLL | None = None
 _isa: str | None = None
 
 
 def load() -> None:
     """Load `edt_kernels._C` once; where it is missing, say so and go on with the references."""
-    global _failure, _isa
+    global loaded, _failure, _library, _isa
     if os.environ.get("EDT_NATIVE") == "0":
         _failure = "EDT_NATIVE=0 asks for the reference path"
         return
@@ -45,6 +47,14 @@ def load() -> None:
             f"EDT_CPU_ISA must name a level that this machine has, of {', '.join(ISA_NAMES)}; "
             f"got {wanted!r}, the best here is {_isa!r}"
         )
+    library.edt_poison.argtypes = [ctypes.c_bool]
+    loaded, _library = True, library
+
+
+def poison(on: bool) -> None:
+    """Whether native kernels fill fresh memory with NaN, for tests."""
+    if _library is not None:
+        _library.edt_poison(on)
 
 
 def _hash(sources: Path) -> str:

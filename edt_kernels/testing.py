@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from edt_kernels import _native
 
 
 def ragged(
@@ -28,6 +31,25 @@ def ragged(
     rows = sum(lengths) + tail
     values = torch.randn(rows, *shape, generator=generator, dtype=torch.float64)
     return values.to(dtype), torch.tensor([0, *lengths]).cumsum(0)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, of torch and of the native kernels: what is not written shows.
+
+    Example:
+        >>> with poisoned():
+        ...     print(torch.empty(2))
+        tensor([nan, nan])
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    _native.poison(True)
+    try:
+        yield
+    finally:
+        _native.poison(False)
+        torch.use_deterministic_algorithms(before)
 
 
 def assert_within_budget(

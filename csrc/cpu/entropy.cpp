@@ -15,9 +15,9 @@ std::tuple<Tensor, Tensor, Tensor> entropy(const Tensor& given, double scale) {
   const int64_t v = logits.size(logits.dim() - 1);
   const auto shape = logits.sizes().slice(0, logits.dim() - 1);
   const ScalarType type = row_type(logits.scalar_type());
-  Tensor h = torch::stable::new_empty(logits, shape, type);
-  Tensor top = torch::stable::new_empty(logits, shape, type);
-  Tensor log_total = torch::stable::new_empty(logits, shape, type);
+  Tensor h = allocate(shape, type);
+  Tensor top = allocate(shape, type);
+  Tensor log_total = allocate(shape, type);
   torch::stable::parallel_for(0, h.numel(), row_grain(v), [&](int64_t begin, int64_t end) {
     entropy_rows(logits, v, scale, begin, end, h, top, log_total);
   });
@@ -36,7 +36,7 @@ Tensor entropy_bwd(const Tensor& given_grad, const Tensor& given, const Tensor& 
     STD_TORCH_CHECK(x.numel() == rows && x.scalar_type() == row_type(logits.scalar_type()),
                     "rows: shape or dtype");
 
-  Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
+  Tensor dlogits = allocate_like(logits);
   const int64_t used = offsets ? read_offsets(*offsets, rows).back() : rows;
   const auto kernel = entropy_kernels().backward[entropy_dtype(logits.scalar_type())];
   torch::stable::parallel_for(0, used, row_grain(v), [&](int64_t begin, int64_t end) {

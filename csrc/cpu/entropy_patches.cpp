@@ -15,9 +15,9 @@ Outputs run(const Tensor& logits, const std::vector<int64_t>& offsets, double sc
             int64_t capacity) {
   const int64_t rows = logits.size(0), v = logits.size(1);
   const ScalarType type = row_type(logits.scalar_type());
-  Tensor h = torch::stable::new_empty(logits, {rows}, type);
-  Tensor top = torch::stable::new_empty(logits, {rows}, type);
-  Tensor log_total = torch::stable::new_empty(logits, {rows}, type);
+  Tensor h = allocate({rows}, type);
+  Tensor top = allocate({rows}, type);
+  Tensor log_total = allocate({rows}, type);
   const auto reader = [&] {
     return [&](int64_t begin, int64_t end) {
       entropy_rows(logits, v, scale, begin, end, h, top, log_total);
@@ -25,7 +25,7 @@ Outputs run(const Tensor& logits, const std::vector<int64_t>& offsets, double sc
     };
   };
   const int64_t grain = molecule_grain(rows, static_cast<int64_t>(offsets.size()) - 1, v + 16);
-  auto patches = cut_batch<T>(logits, rows, offsets, cut, capacity, grain, reader);
+  auto patches = cut_batch<T>(rows, offsets, cut, capacity, grain, reader);
   const int64_t tail = rows - offsets.back();
   for (const Tensor& x : {h, top, log_total})
     std::memset(at(x, offsets.back()), 0, tail * sizeof(T));

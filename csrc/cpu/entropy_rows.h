@@ -1,10 +1,8 @@
 // The entropy kernels with tensors in hand: which one serves a dtype, and where rows begin.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include "../check.h"
 #include "entropy.h"
+#include "tensor.h"
 
 namespace edt {
 
@@ -27,16 +25,8 @@ inline ScalarType row_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor dense(const Tensor& x) {
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
-}
-
 // Rows that make a thread worth waking.
 inline int64_t row_grain(int64_t v) { return 1 + 32768 / v; }
-
-inline char* at(const Tensor& x, int64_t element) {
-  return static_cast<char*>(x.data_ptr()) + element * static_cast<int64_t>(x.element_size());
-}
 
 // Entropies of the rows [begin, end) of contiguous logits [N, v].
 inline void entropy_rows(const Tensor& logits, int64_t v, double scale, int64_t begin, int64_t end,

@@ -22,7 +22,7 @@ PatchTensors find(const Tensor& entropy, const std::vector<int64_t>& offsets, co
   };
   const int64_t molecules = static_cast<int64_t>(offsets.size()) - 1;
   const int64_t grain = molecule_grain(rows, molecules, 16);
-  return cut_batch<T>(entropy, rows, offsets, cut, capacity, grain, reader);
+  return cut_batch<T>(rows, offsets, cut, capacity, grain, reader);
 }
 
 PatchTensors find_patches(const Tensor& entropy, const Tensor& offsets, int64_t rule, double level,

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "poison.h"
+
 namespace edt {
 namespace {
 
@@ -40,6 +42,10 @@ Isa active_isa() {
 
 extern "C" __attribute__((visibility("default"))) const char* edt_cpu_isa() {
   return edt::kNames[static_cast<int>(edt::active_isa())];
+}
+
+extern "C" __attribute__((visibility("default"))) void edt_poison(bool on) {
+  edt::poison_memory = on;
 }
 
 extern "C" __attribute__((visibility("default"))) const char* edt_sources() { return EDT_SOURCES; }

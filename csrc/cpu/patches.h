@@ -1,8 +1,6 @@
 // One molecule cut into patches, and the cuts of a batch put together.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -11,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "tensor.h"
 
 namespace edt {
 
@@ -146,12 +144,9 @@ using PatchTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Cuts every molecule, in parallel. molecule(begin, end) gives its entropies: a pointer to T.
 // Molecules are counted in the first pass and numbered in the second.
 template <class T, class Entropies>
-PatchTensors cut_batch(const Tensor& like, int64_t rows, const std::vector<int64_t>& offsets,
-                       const Cut& cut, int64_t capacity, int64_t grain, Entropies entropies) {
+PatchTensors cut_batch(int64_t rows, const std::vector<int64_t>& offsets, const Cut& cut,
+                       int64_t capacity, int64_t grain, Entropies entropies) {
   const int64_t molecules = static_cast<int64_t>(offsets.size()) - 1;
-  const auto allocate = [&](std::vector<int64_t> shape, ScalarType type) {
-    return torch::stable::new_empty(like, shape, type);
-  };
   Tensor ids = allocate({rows}, ScalarType::Long);
   Tensor atom_offsets = allocate({capacity + 1}, ScalarType::Long);
   Tensor patch_offsets = allocate({molecules + 1}, ScalarType::Long);

@@ -1,18 +1,16 @@
 #include "ragged_attention.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <initializer_list>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "scratch.h"
+#include "tensor.h"
 
 namespace edt {
 namespace {
@@ -25,14 +23,13 @@ Tensor readable(const Tensor& x) {
   return x.size(2) == 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
-Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 AttentionRows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 
 const AttentionKernels& kernels_for(ScalarType dtype) {
   const AttentionTable& table = attention_kernels();
   if (dtype == ScalarType::Float) return table.float32;
   if (dtype == ScalarType::BFloat16) return table.bfloat16;
+  if (dtype == ScalarType::Half) return table.float16;
   STD_TORCH_CHECK(dtype == ScalarType::Double, "ragged_attention: dtype");
   return table.float64;
 }
@@ -53,23 +50,6 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   STD_TORCH_CHECK(shapes, "ragged_attention: shapes");
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == k.scalar_type() && dtype == v.scalar_type(), "ragged_attention: dtypes");
-}
-
-// Scratch of this thread, which grows to the longest molecule that it has seen.
-void* thread_scratch(int64_t bytes) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local int64_t size = 0;
-  if (bytes > size) {
-    memory.reset();
-    size = (bytes + 63) / 64 * 64;
-    memory.reset(std::aligned_alloc(64, size));
-    if (!memory) size = 0;
-    STD_TORCH_CHECK(memory, "ragged_attention: no memory for a molecule's scratch");
-  }
-  return memory.get();
 }
 
 // The molecules of a batch, one after the other on an axis of work on which threads take equal
@@ -157,9 +137,8 @@ std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor
   const AttentionKernels& kernels = kernels_for(dtype);
   const Batch batch(q, k, q_offsets, k_offsets);
   q = readable(q), k = readable(k), v = readable(v);
-  const Tensor out = torch::stable::new_empty(q, q.sizes());
-  const int64_t lse_shape[] = {q.size(0), q.size(1)};
-  const Tensor lse = torch::stable::new_empty(q, {lse_shape, 2}, lse_dtype(dtype));
+  const Tensor out = allocate_like(q);
+  const Tensor lse = allocate({q.size(0), q.size(1)}, lse_dtype(dtype));
 
   Attention x{};
   x.q = rows_of(q), x.k = rows_of(k), x.v = rows_of(v), x.out = rows_of(out);
@@ -193,11 +172,11 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(Tensor grad, std::option
   if (grad_lse) check_rows(*grad_lse, lse_dtype(dtype), 2);
   const Batch batch(q, k, q_offsets, k_offsets);
   grad = readable(grad), q = readable(q), k = readable(k), v = readable(v);
-  lse = packed(lse);
-  if (grad_lse) grad_lse = packed(*grad_lse);
-  const Tensor dq = torch::stable::new_empty(q, q.sizes());
-  const Tensor dk = torch::stable::new_empty(k, k.sizes());
-  const Tensor dv = torch::stable::new_empty(v, v.sizes());
+  lse = dense(lse);
+  if (grad_lse) grad_lse = dense(*grad_lse);
+  const Tensor dq = allocate_like(q);
+  const Tensor dk = allocate_like(k);
+  const Tensor dv = allocate_like(v);
 
   Attention x{};
   x.q = rows_of(q), x.k = rows_of(k), x.v = rows_of(v), x.grad = rows_of(grad);

@@ -39,7 +39,7 @@ struct AttentionKernels {
 };
 
 struct AttentionTable {
-  AttentionKernels float32, bfloat16, float64;
+  AttentionKernels float32, bfloat16, float16, float64;
 };
 
 EDT_KERNEL_TABLE(AttentionTable, attention_kernels)

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "half.h"
 #include "vec.h"
 
 namespace edt {
@@ -246,6 +247,10 @@ template <>
 struct ComputeType<BFloat16> {
   using type = float;
 };
+template <>
+struct ComputeType<Half> {
+  using type = float;
+};
 
 template <class T>
 struct Scratch {
@@ -421,6 +426,7 @@ namespace EDT_ISA {
 const AttentionTable attention_kernels = {
     {scratch_bytes<float>, forward<float>, backward<float>},
     {scratch_bytes<float>, forward<BFloat16>, backward<BFloat16>},
+    {scratch_bytes<float>, forward<Half>, backward<Half>},
     {scratch_bytes<double>, forward<double>, backward<double>},
 };
 

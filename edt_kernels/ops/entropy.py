@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import composite_backward, define, needs_grad, second_order
+from edt_kernels._library import (
+    composite_backward,
+    define,
+    kernel_checks,
+    needs_grad,
+    second_order,
+)
 from edt_kernels.reference.entropy import accumulation_dtype
 
 UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}
@@ -88,7 +94,12 @@ def entropy(logits: Tensor, *, unit: str = "nats") -> Tensor:
         >>> edt_kernels.entropy(torch.zeros(2, 4), unit="bits")
         tensor([2., 2.])
     """
-    check_logits(logits, unit)
-    scale = UNITS[unit]
-    h = _Entropy.apply(logits, scale) if needs_grad(logits) else _entropy(logits, scale)[0]
+    if not kernel_checks(logits):
+        check_logits(logits, unit)
+    try:
+        scale = UNITS[unit]
+        h = _Entropy.apply(logits, scale) if needs_grad(logits) else _entropy(logits, scale)[0]
+    except Exception:
+        check_logits(logits, unit)
+        raise
     return h if h.dtype == logits.dtype else h.to(logits.dtype)

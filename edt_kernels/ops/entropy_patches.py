@@ -6,9 +6,15 @@ import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import composite_backward, define, needs_grad, second_order
+from edt_kernels._library import (
+    composite_backward,
+    define,
+    kernel_checks,
+    needs_grad,
+    second_order,
+)
 from edt_kernels.ops.entropy import UNITS, check_logits, entropy_bwd
-from edt_kernels.ops.find_patches import SCHEMA, Patches, empty_patches, options
+from edt_kernels.ops.find_patches import SCHEMA, Patches, empty_patches, known_options, options
 from edt_kernels.reference.entropy import accumulation_dtype
 
 
@@ -84,20 +90,28 @@ def entropy_patches(
         >>> patches.ids
         tensor([0, 1, 1])
     """
-    check_logits(logits, unit)
-    _check.tensor("logits", logits, dims=2)
-    _check.offsets("offsets", offsets, logits)
-    rows = logits.shape[0]
-    cut = options(rule, q, threshold, min_size, max_size, max_patches)
-    capacity = cut.capacity(rows, offsets.shape[0] - 1)
-    arguments = (offsets, UNITS[unit], *cut, capacity)
+    checked = kernel_checks(logits)
+    if not checked:
+        _check_arguments(logits, offsets, unit)
+    make_options = known_options if checked else options
     try:
+        cut = make_options(rule, q, threshold, min_size, max_size, max_patches)
+        capacity = cut.capacity(logits.shape[0], offsets.shape[0] - 1)
+        arguments = (offsets, UNITS[unit], *cut, capacity)
         if needs_grad(logits):
             h, *patches = _EntropyPatches.apply(logits, *arguments)
         else:
             h, _, _, *patches = _entropy_patches(logits, *arguments)
-    except RuntimeError:
-        _check.offsets_content("offsets", offsets, rows)
+    except Exception:
+        _check_arguments(logits, offsets, unit)
+        _check.offsets_content("offsets", offsets, logits.shape[0])
         raise
     ids, atom_offsets, patch_offsets, count, levels = patches
-    return h.to(logits.dtype), Patches(ids, atom_offsets, patch_offsets, count, None, levels)
+    h = h if h.dtype == logits.dtype else h.to(logits.dtype)
+    return h, Patches(ids, atom_offsets, patch_offsets, count, None, levels)
+
+
+def _check_arguments(logits: object, offsets: object, unit: object) -> None:
+    check_logits(logits, unit)
+    _check.tensor("logits", logits, dims=2)
+    _check.offsets("offsets", offsets, logits)

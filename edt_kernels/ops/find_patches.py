@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import define
+from edt_kernels._library import define, kernel_checks
 from edt_kernels.reference.entropy import accumulation_dtype
 from edt_kernels.reference.find_patches import Rule
 
@@ -62,18 +63,18 @@ class Options(NamedTuple):
         """The most patches that `rows` atoms in `molecules` molecules can give."""
         most = rows
         if self.rule in (Rule.LOCAL_MAX, Rule.RISING_EDGE):
-            most = torch.sym_min(most, molecules + rows // 2)
+            most = min(most, molecules + rows // 2)
         if self.rule == Rule.RISING_EDGE:
             # Strictly above the quantile lie at most ceil((1 - q)(L - 1)) of L atoms; rounding
             # of the rank can add one.
             share = math.ceil((1 - self.level) * 65536)
-            most = torch.sym_min(most, 2 * molecules + rows * share // 65536)
+            most = min(most, 2 * molecules + rows * share // 65536)
         if self.min_size > 1:
-            most = torch.sym_min(most, molecules + rows // self.min_size)
+            most = min(most, molecules + rows // self.min_size)
         if self.max_size is not None:
-            most = torch.sym_min(rows, most + rows // self.max_size)
+            most = min(rows, most + rows // self.max_size)
         if self.max_patches is not None:
-            most = torch.sym_min(most, molecules * self.max_patches)
+            most = min(most, molecules * self.max_patches)
         return most
 
 
@@ -109,6 +110,9 @@ def options(
         raise ValueError(f"max_patches must be at least 1, got {max_patches}")
     level = threshold if absolute else q
     return Options(RULES[rule], level, min_size, max_size, max_patches)
+
+
+known_options = lru_cache(maxsize=256)(options)
 
 
 def empty_patches(like: Tensor, offsets: Tensor, capacity: int) -> tuple[Tensor, ...]:
@@ -195,17 +199,25 @@ def find_patches(
         >>> patches.trim().atom_offsets, patches.patch_offsets
         (tensor([0, 1, 4, 5, 7]), tensor([0, 3, 4]))
     """
-    _check.tensor("entropy", entropy, dims=1)
-    _check.offsets("offsets", offsets, entropy)
-    cut = options(rule, q, threshold, min_size, max_size, max_patches)
-    capacity = cut.capacity(entropy.shape[0], offsets.shape[0] - 1)
-    if entropy.requires_grad:
-        entropy = entropy.detach()
+    checked = kernel_checks(entropy)
+    if not checked:
+        _check_entropy(entropy, offsets)
+    make_options = known_options if checked else options
     try:
+        cut = make_options(rule, q, threshold, min_size, max_size, max_patches)
+        capacity = cut.capacity(entropy.shape[0], offsets.shape[0] - 1)
+        if entropy.requires_grad:
+            entropy = entropy.detach()
         ids, atom_offsets, patch_offsets, count, levels = _find_patches(
             entropy, offsets, *cut, capacity
         )
-    except RuntimeError:
+    except Exception:
+        _check_entropy(entropy, offsets)
         _check.offsets_content("offsets", offsets, entropy.shape[0])
         raise
     return Patches(ids, atom_offsets, patch_offsets, count, None, levels)
+
+
+def _check_entropy(entropy: object, offsets: object) -> None:
+    _check.tensor("entropy", entropy, dims=1)
+    _check.offsets("offsets", offsets, entropy)

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from edt_kernels import _check
-from edt_kernels._library import composite_backward, define, needs_grad, second_order
+from edt_kernels._library import (
+    composite_backward,
+    define,
+    kernel_checks,
+    needs_grad,
+    second_order,
+)
 from edt_kernels.reference.entropy import accumulation_dtype
 from edt_kernels.reference.ragged_attention import ragged_attention as reference
 from edt_kernels.reference.ragged_attention import ragged_attention_bwd as reference_bwd
@@ -223,28 +229,29 @@ def ragged_attention(
                 [2., 4.],
                 [0., 0.]])
     """
-    _check_inputs(q, k, v, q_offsets, k_offsets)
-    _check_options(q, scale, bias, dropout_p, seed)
-    scale = None if scale is None else float(scale)
-    if bias is not None or return_scores or dropout_p > 0 or q.dtype == torch.float16:
-        apply = _RaggedAttentionGeneral.apply if needs_grad(q, k, v, bias) else _general
-        arguments = (q, k, v, bias, seed, q_offsets, k_offsets, causal, scale)
-        arguments = (*arguments, dropout_p, return_scores)
-    else:
-        apply = _RaggedAttention.apply if needs_grad(q, k, v) else _attention
-        arguments = (q, k, v, q_offsets, k_offsets, causal, scale)
+    if not kernel_checks(q):
+        _check_inputs(q, k, v, q_offsets, k_offsets)
+        _check_options(q, scale, bias, dropout_p, seed)
     try:
-        out, lse, *scores = apply(*arguments)
-    except RuntimeError:
-        _check.offsets_content("q_offsets", q_offsets, q.shape[0])
-        _check.offsets_content("k_offsets", k_offsets, k.shape[0])
+        if bias is None and not dropout_p and not return_scores:
+            apply = _RaggedAttention.apply if needs_grad(q, k, v) else _attention
+            out, lse = apply(q, k, v, q_offsets, k_offsets, causal, scale)
+        else:
+            apply = _RaggedAttentionGeneral.apply if needs_grad(q, k, v, bias) else _general
+            arguments = (q, k, v, bias, seed, q_offsets, k_offsets)
+            options = (causal, scale, dropout_p, return_scores)
+            out, lse, scores = apply(*arguments, *options)
+    except Exception:
+        _check_inputs(q, k, v, q_offsets, k_offsets)
+        _check_options(q, scale, bias, dropout_p, seed)
+        _check_contents(q, k, q_offsets, k_offsets, bias)
         raise
-    if not (return_lse or return_scores):
-        return out
-    return (out, *([lse] if return_lse else []), *(scores if return_scores else []))
+    if return_scores:
+        return (out, lse, scores) if return_lse else (out, scores)
+    return (out, lse) if return_lse else out
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor) -> None:
+def _check_inputs(q: object, k: object, v: object, q_offsets: object, k_offsets: object) -> None:
     _check.tensor("q", q, dims=3)
     if 0 in q.shape[1:]:
         raise ValueError(f"q must have shape [Tq, H, D] with H, D >= 1, got {tuple(q.shape)}")
@@ -268,9 +275,21 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets:
         )
 
 
-def _check_options(
-    q: Tensor, scale: object, bias: Tensor | None, dropout_p: float, seed: Tensor | None
+def _check_contents(
+    q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, bias: Tensor | None
 ) -> None:
+    _check.offsets_content("q_offsets", q_offsets, q.shape[0])
+    _check.offsets_content("k_offsets", k_offsets, k.shape[0])
+    if bias is not None:
+        pairs = int((q_offsets.diff().long() * k_offsets.diff().long()).sum())
+        if pairs > bias.shape[0]:
+            raise ValueError(
+                f"bias must have one row per (query, key) pair, at least {pairs}, "
+                f"got {bias.shape[0]}"
+            )
+
+
+def _check_options(q: Tensor, scale: object, bias: object, dropout_p: object, seed: object) -> None:
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     if bias is not None:

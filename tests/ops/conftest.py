@@ -3,13 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from edt_kernels import testing
+
 
 @pytest.fixture
 def poisoned():
     """Fresh allocations hold NaN: what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with testing.poisoned():
+        yield
 
 
 @pytest.fixture

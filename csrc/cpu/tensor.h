@@ -1,0 +1,50 @@
+// Making and reading CPU tensors through the stable ABI.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "../check.h"
+#include "poison.h"
+
+namespace edt {
+
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// The aten op behind stable::new_empty costs a microsecond more.
+inline Tensor allocate(Sizes sizes, ScalarType dtype) {
+  constexpr int64_t kMostDims = 64;  // of a torch tensor
+  const auto dims = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(dims <= kMostDims, "dimensions");
+  int64_t strides[kMostDims], next = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = next;
+    next *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  const Tensor out(handle);
+  if (poison_memory) poison(out.data_ptr(), out.numel() * out.element_size());
+  return out;
+}
+
+inline Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return allocate(Sizes(sizes.begin(), sizes.size()), dtype);
+}
+
+inline Tensor allocate_like(const Tensor& x) { return allocate(x.sizes(), x.scalar_type()); }
+
+inline Tensor dense(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+inline char* at(const Tensor& x, int64_t element) {
+  return static_cast<char*>(x.data_ptr()) + element * static_cast<int64_t>(x.element_size());
+}
+
+}  // namespace edt
