@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
@@ -34,10 +35,6 @@ const AttentionKernels& kernels_for(ScalarType dtype) {
   return table.float64;
 }
 
-int64_t element_bytes(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-}
-
 ScalarType lse_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? dtype : ScalarType::Float;
 }
@@ -53,43 +50,51 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 // The molecules of a batch, one after the other on an axis of work on which threads take equal
-// shares.
+// shares. A task is some key heads of one molecule.
 class Batch {
  public:
-  Batch(const Tensor& q, const Tensor& k, const Tensor& q_offsets, const Tensor& k_offsets)
+  Batch(const Tensor& q, const Tensor& k, const Tensor& q_offsets, const Tensor& k_offsets,
+        int64_t heads_per_task)
       : q_(read_offsets(q_offsets, q.size(0))),
         k_(read_offsets(k_offsets, k.size(0))),
+        pairs_(q_.size()),
+        start_(q_.size()),
         kv_heads_(k.size(1)),
-        start_(q_.size()) {
+        heads_per_task_(heads_per_task),
+        tasks_((kv_heads_ + heads_per_task - 1) / heads_per_task) {
     STD_TORCH_CHECK(q_.size() == k_.size(), "ragged_attention: number of molecules");
-    const int64_t per_head = q.size(1) / kv_heads_ * q.size(2);
+    const int64_t per_task = q.size(1) / tasks_ * q.size(2);
     for (size_t i = 0; i + 1 < q_.size(); ++i) {
-      const auto m = molecule(i);
-      const int64_t work = (m.queries * m.keys + m.queries + m.keys + 1) * per_head;
-      start_[i + 1] = start_[i] + work * kv_heads_;
+      const int64_t queries = q_[i + 1] - q_[i], keys = k_[i + 1] - k_[i];
+      pairs_[i + 1] = pairs_[i] + queries * keys;
+      start_[i + 1] = start_[i] + (queries * keys + queries + keys + 1) * (per_task + 1) * tasks_;
     }
   }
 
+  int64_t molecules() const { return static_cast<int64_t>(q_.size()) - 1; }
   int64_t queries() const { return q_.back(); }
   int64_t keys() const { return k_.back(); }
+  int64_t pairs() const { return pairs_.back(); }
 
-  // kernel(x, molecule, key head) of all molecules and heads, those of a molecule on one thread
-  // as far as shares allow.
+  // kernel(x, molecule, key heads) for all, the tasks of a molecule on one thread as far as shares
+  // allow.
   void run(const AttentionKernels& kernels, AttentionKernels::Kernel kernel, const Attention& x,
            int64_t element, std::initializer_list<AttentionRows> q_operands) const {
     torch::stable::parallel_for(0, start_.back(), kGrain, [&](int64_t begin, int64_t end) {
       auto next = std::upper_bound(start_.begin(), start_.end(), begin) - start_.begin() - 1;
       for (size_t i = next; i + 1 < q_.size() && start_[i] < end; ++i) {
-        const auto m = molecule(i);
-        const int64_t step = (start_[i + 1] - start_[i]) / kv_heads_;
+        const AttentionMolecule m = molecule(i);
+        const int64_t step = (start_[i + 1] - start_[i]) / tasks_;
         for (const auto& rows : q_operands)
           prefetch(rows, m.q_begin, m.queries, x.heads * x.dim * element, element);
         for (const auto& rows : {x.k, x.v})
           prefetch(rows, m.k_begin, m.keys, x.kv_heads * x.dim * element, element);
-        void* scratch = thread_scratch(kernels.scratch_bytes(x, m));
-        for (int64_t head = 0; head < kv_heads_; ++head) {
-          const int64_t at = start_[i] + head * step;
-          if (begin <= at && at < end) kernel(x, m, head, scratch);
+        for (int64_t task = 0; task < tasks_; ++task) {
+          const int64_t at = start_[i] + task * step;
+          if (at < begin || at >= end) continue;
+          const int64_t first = task * heads_per_task_;
+          const AttentionHeads heads{first, std::min(first + heads_per_task_, kv_heads_)};
+          kernel(x, m, heads, thread_scratch(kernels.scratch_bytes(x, m, heads)));
         }
       }
     });
@@ -97,7 +102,7 @@ class Batch {
 
  private:
   AttentionMolecule molecule(size_t i) const {
-    return {q_[i], q_[i + 1] - q_[i], k_[i], k_[i + 1] - k_[i]};
+    return {static_cast<int64_t>(i), q_[i], q_[i + 1] - q_[i], k_[i], k_[i + 1] - k_[i], pairs_[i]};
   }
 
   // A head's rows are islands that the hardware prefetcher does not see coming.
@@ -110,9 +115,9 @@ class Batch {
     }
   }
 
-  std::vector<int64_t> q_, k_;
-  int64_t kv_heads_;
-  std::vector<int64_t> start_;  // [B + 1], on the axis of work
+  std::vector<int64_t> q_, k_, pairs_;  // [B + 1]
+  std::vector<int64_t> start_;          // [B + 1], on the axis of work
+  int64_t kv_heads_, heads_per_task_, tasks_;
 };
 
 template <class T>
@@ -122,37 +127,131 @@ void fill_rows(const Tensor& x, int64_t begin, T value) {
   std::fill(data + begin * row, data + x.size(0) * row, value);
 }
 
-// Rows beyond the last molecule; `x` is contiguous.
+// Rows of a contiguous tensor from `begin` on.
 void zero_tail(const Tensor& x, int64_t begin) {
-  const int64_t row = x.size(1) * x.size(2) * element_bytes(x.scalar_type());
-  auto* data = static_cast<char*>(x.data_ptr());
-  std::fill(data + begin * row, data + x.size(0) * row, 0);
+  const int64_t rows = x.size(0), row = rows == 0 ? 0 : x.numel() / rows;
+  std::memset(at(x, begin * row), 0, (rows - begin) * row * x.element_size());
+}
+
+void fill_lse_tail(const Tensor& lse, int64_t begin) {
+  if (lse.scalar_type() == ScalarType::Double)
+    fill_rows<double>(lse, begin, -INFINITY);
+  else
+    fill_rows<float>(lse, begin, -INFINITY);
+}
+
+Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+                   bool causal, std::optional<double> scale) {
+  Attention x{};
+  x.q = rows_of(q), x.k = rows_of(k), x.v = rows_of(v);
+  x.lse = lse.data_ptr();
+  x.heads = q.size(1), x.kv_heads = k.size(1), x.dim = q.size(2);
+  x.causal = causal, x.scale = scale.value_or(1 / std::sqrt(static_cast<double>(x.dim)));
+  return x;
+}
+
+// Pairs of all heads of a task are read together, and they should fill a cache line.
+int64_t heads_per_task(const Tensor& q, const Tensor& k) {
+  constexpr int64_t kLine = 16;
+  const int64_t group = q.size(1) / k.size(1);
+  return std::min((kLine + group - 1) / group, k.size(1));
+}
+
+Tensor dense_pairs(const Tensor& x, const Tensor& q, const Batch& batch) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == q.size(1) && x.size(0) >= batch.pairs() &&
+                      x.scalar_type() == q.scalar_type(),
+                  "ragged_attention: pairs");
+  return dense(x);
+}
+
+AttentionDropout dropout_of(double p, const std::optional<Tensor>& seed, const Batch& batch) {
+  STD_TORCH_CHECK(p >= 0 && p < 1, "ragged_attention: dropout_p");
+  if (p == 0) return {};
+  STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->is_contiguous() &&
+                      (seed->numel() == 1 || seed->numel() == batch.molecules()),
+                  "ragged_attention: seed");
+  return {static_cast<const int64_t*>(seed->data_ptr()), seed->numel() > 1,
+          static_cast<uint32_t>(p * 4294967296.0), 1 / (1 - p)};
 }
 
 std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor q_offsets,
                                             Tensor k_offsets, bool causal,
                                             std::optional<double> scale) {
   check_inputs(q, k, v);
-  const ScalarType dtype = q.scalar_type();
-  const AttentionKernels& kernels = kernels_for(dtype);
-  const Batch batch(q, k, q_offsets, k_offsets);
+  const AttentionKernels& kernels = kernels_for(q.scalar_type());
+  const Batch batch(q, k, q_offsets, k_offsets, 1);
   q = readable(q), k = readable(k), v = readable(v);
   const Tensor out = allocate_like(q);
-  const Tensor lse = allocate({q.size(0), q.size(1)}, lse_dtype(dtype));
+  const Tensor lse = allocate({q.size(0), q.size(1)}, lse_dtype(q.scalar_type()));
 
-  Attention x{};
-  x.q = rows_of(q), x.k = rows_of(k), x.v = rows_of(v), x.out = rows_of(out);
-  x.lse = lse.data_ptr();
-  x.heads = q.size(1), x.kv_heads = k.size(1), x.dim = q.size(2);
-  x.causal = causal, x.scale = scale.value_or(1 / std::sqrt(static_cast<double>(x.dim)));
-  batch.run(kernels, kernels.forward, x, element_bytes(dtype), {x.q});
-
+  Attention x = describe(q, k, v, lse, causal, scale);
+  x.out = rows_of(out);
+  batch.run(kernels, kernels.forward, x, q.element_size(), {x.q});
   zero_tail(out, batch.queries());
-  if (dtype == ScalarType::Double)
-    fill_rows<double>(lse, batch.queries(), -INFINITY);
-  else
-    fill_rows<float>(lse, batch.queries(), -INFINITY);
+  fill_lse_tail(lse, batch.queries());
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> ragged_attention_general(
+    Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::optional<Tensor> seed,
+    Tensor q_offsets, Tensor k_offsets, bool causal, std::optional<double> scale, double dropout_p,
+    bool return_scores) {
+  check_inputs(q, k, v);
+  const AttentionKernels& kernels = kernels_for(q.scalar_type());
+  const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k));
+  q = readable(q), k = readable(k), v = readable(v);
+  if (bias) bias = dense_pairs(*bias, q, batch);
+  const Tensor out = allocate_like(q);
+  const Tensor lse = allocate({q.size(0), q.size(1)}, lse_dtype(q.scalar_type()));
+  const int64_t pairs = !return_scores ? 0 : bias ? bias->size(0) : batch.pairs();
+  const Tensor scores = allocate({pairs, q.size(1)}, q.scalar_type());
+
+  Attention x = describe(q, k, v, lse, causal, scale);
+  x.out = rows_of(out);
+  x.pairs.bias = bias ? bias->data_ptr() : nullptr;
+  x.pairs.scores = return_scores ? scores.data_ptr() : nullptr;
+  x.dropout = dropout_of(dropout_p, seed, batch);
+  batch.run(kernels, kernels.forward_pairs, x, q.element_size(), {x.q});
+  zero_tail(out, batch.queries());
+  fill_lse_tail(lse, batch.queries());
+  if (return_scores) zero_tail(scores, batch.pairs());
+  return {out, lse, scores};
+}
+
+// Of the backward: gradients and lse as the kernels read them.
+void check_rows(const Tensor& x, ScalarType dtype, int64_t dims, const Tensor& q) {
+  bool fits = x.scalar_type() == dtype && x.dim() == dims;
+  for (int64_t i = 0; fits && i < dims; ++i) fits = x.size(i) == q.size(i);
+  STD_TORCH_CHECK(fits, "ragged_attention_bwd: grad and lse must fit q");
+}
+
+// What both backwards share: `kernel` with everything but the pairs described.
+std::tuple<Tensor, Tensor, Tensor> run_backward(Tensor grad, std::optional<Tensor> grad_lse,
+                                                Tensor q, Tensor k, Tensor v, Tensor lse,
+                                                bool causal, std::optional<double> scale,
+                                                const Batch& batch,
+                                                AttentionKernels::Kernel AttentionKernels::* kernel,
+                                                const AttentionPairs& pairs,
+                                                const AttentionDropout& dropout) {
+  const AttentionKernels& kernels = kernels_for(q.scalar_type());
+  check_rows(grad, q.scalar_type(), 3, q);
+  check_rows(lse, lse_dtype(q.scalar_type()), 2, q);
+  if (grad_lse) check_rows(*grad_lse, lse_dtype(q.scalar_type()), 2, q);
+  grad = readable(grad), q = readable(q), k = readable(k), v = readable(v);
+  lse = dense(lse);
+  if (grad_lse) grad_lse = dense(*grad_lse);
+  const Tensor dq = allocate_like(q), dk = allocate_like(k), dv = allocate_like(v);
+
+  Attention x = describe(q, k, v, lse, causal, scale);
+  x.grad = rows_of(grad), x.dq = rows_of(dq), x.dk = rows_of(dk), x.dv = rows_of(dv);
+  x.grad_lse = grad_lse ? grad_lse->data_ptr() : nullptr;
+  x.pairs = pairs;
+  x.dropout = dropout;
+  batch.run(kernels, kernels.*kernel, x, q.element_size(), {x.q, x.grad});
+  zero_tail(dq, batch.queries());
+  zero_tail(dk, batch.keys());
+  zero_tail(dv, batch.keys());
+  return {dq, dk, dv};
 }
 
 std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(Tensor grad, std::optional<Tensor> grad_lse,
@@ -160,37 +259,33 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(Tensor grad, std::option
                                                         Tensor q_offsets, Tensor k_offsets,
                                                         bool causal, std::optional<double> scale) {
   check_inputs(q, k, v);
-  const ScalarType dtype = q.scalar_type();
-  const AttentionKernels& kernels = kernels_for(dtype);
-  const auto check_rows = [&](const Tensor& x, ScalarType wanted, int64_t dims) {
-    bool fits = x.scalar_type() == wanted && x.dim() == dims;
-    for (int64_t i = 0; fits && i < dims; ++i) fits = x.size(i) == q.size(i);
-    STD_TORCH_CHECK(fits, "ragged_attention_bwd: grad and lse must fit q");
-  };
-  check_rows(grad, dtype, 3);
-  check_rows(lse, lse_dtype(dtype), 2);
-  if (grad_lse) check_rows(*grad_lse, lse_dtype(dtype), 2);
-  const Batch batch(q, k, q_offsets, k_offsets);
-  grad = readable(grad), q = readable(q), k = readable(k), v = readable(v);
-  lse = dense(lse);
-  if (grad_lse) grad_lse = dense(*grad_lse);
-  const Tensor dq = allocate_like(q);
-  const Tensor dk = allocate_like(k);
-  const Tensor dv = allocate_like(v);
+  const Batch batch(q, k, q_offsets, k_offsets, 1);
+  return run_backward(grad, grad_lse, q, k, v, lse, causal, scale, batch,
+                      &AttentionKernels::backward, {}, {});
+}
 
-  Attention x{};
-  x.q = rows_of(q), x.k = rows_of(k), x.v = rows_of(v), x.grad = rows_of(grad);
-  x.dq = rows_of(dq), x.dk = rows_of(dk), x.dv = rows_of(dv);
-  x.lse = lse.data_ptr();
-  x.grad_lse = grad_lse ? grad_lse->data_ptr() : nullptr;
-  x.heads = q.size(1), x.kv_heads = k.size(1), x.dim = q.size(2);
-  x.causal = causal, x.scale = scale.value_or(1 / std::sqrt(static_cast<double>(x.dim)));
-  batch.run(kernels, kernels.backward, x, element_bytes(dtype), {x.q, x.grad});
-
-  zero_tail(dq, batch.queries());
-  zero_tail(dk, batch.keys());
-  zero_tail(dv, batch.keys());
-  return {dq, dk, dv};
+std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_general_bwd(
+    Tensor grad, std::optional<Tensor> grad_lse, std::optional<Tensor> grad_scores, Tensor q,
+    Tensor k, Tensor v, std::optional<Tensor> bias, std::optional<Tensor> seed, Tensor lse,
+    Tensor q_offsets, Tensor k_offsets, bool causal, std::optional<double> scale,
+    double dropout_p) {
+  check_inputs(q, k, v);
+  const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k));
+  AttentionPairs pairs{};
+  Tensor dbias = allocate({bias ? bias->size(0) : 0, q.size(1)}, q.scalar_type());
+  if (bias) {
+    bias = dense_pairs(*bias, q, batch);
+    pairs.bias = bias->data_ptr(), pairs.dbias = dbias.data_ptr();
+    zero_tail(dbias, batch.pairs());
+  }
+  if (grad_scores) {
+    grad_scores = dense_pairs(*grad_scores, q, batch);
+    pairs.grad_scores = grad_scores->data_ptr();
+  }
+  const auto found =
+      run_backward(grad, grad_lse, q, k, v, lse, causal, scale, batch,
+                   &AttentionKernels::backward_pairs, pairs, dropout_of(dropout_p, seed, batch));
+  return std::tuple_cat(found, std::make_tuple(dbias));
 }
 
 }  // namespace
@@ -199,4 +294,6 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(Tensor grad, std::option
 STABLE_TORCH_LIBRARY_IMPL(edt, CPU, m) {
   m.impl("ragged_attention", TORCH_BOX(&edt::ragged_attention));
   m.impl("ragged_attention_bwd", TORCH_BOX(&edt::ragged_attention_bwd));
+  m.impl("ragged_attention_general", TORCH_BOX(&edt::ragged_attention_general));
+  m.impl("ragged_attention_general_bwd", TORCH_BOX(&edt::ragged_attention_general_bwd));
 }

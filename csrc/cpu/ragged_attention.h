@@ -13,29 +13,53 @@ struct AttentionRows {
   int64_t row, head;
 };
 
+// What is known of every (query, key) pair, [pairs, H] contiguous; null where it is not asked for.
+struct AttentionPairs {
+  const void *bias, *grad_scores;
+  void *scores, *dbias;
+};
+
+// A weight is kept, times `scale`, where the hash of its seed, head, query and key is at least
+// `threshold`.
+struct AttentionDropout {
+  const int64_t* seeds;  // one, or one per molecule; null: nothing is dropped
+  bool per_molecule;
+  uint32_t threshold;
+  double scale;
+};
+
 struct Attention {
   AttentionRows q, k, v;
   void* lse;          // [Tq, H], float or double: the forward writes it, the backward reads it
   AttentionRows out;  // forward only
   AttentionRows grad, dq, dk, dv;  // backward only
   const void* grad_lse;            // [Tq, H] or null
+  AttentionPairs pairs;
+  AttentionDropout dropout;
   int64_t heads, kv_heads, dim;
   bool causal;
   double scale;
 };
 
-// Rows of one molecule.
+// Rows of one molecule, and where its pairs begin.
 struct AttentionMolecule {
-  int64_t q_begin, queries, k_begin, keys;
+  int64_t index, q_begin, queries, k_begin, keys, pair_begin;
 };
 
-// Kernels of one element type. Each serves one molecule and one key head with its query heads.
+// Key heads [begin, end), with the query heads that read them.
+struct AttentionHeads {
+  int64_t begin, end;
+};
+
+// Kernels of one element type. Each serves some heads of one molecule.
 struct AttentionKernels {
-  using Kernel = void (*)(const Attention&, const AttentionMolecule&, int64_t kv_head,
+  using Kernel = void (*)(const Attention&, const AttentionMolecule&, const AttentionHeads&,
                           void* scratch);
-  // Bytes of scratch, aligned to 64, that either kernel needs.
-  int64_t (*scratch_bytes)(const Attention&, const AttentionMolecule&);
+  // Bytes of scratch, aligned to 64, that any kernel needs.
+  int64_t (*scratch_bytes)(const Attention&, const AttentionMolecule&, const AttentionHeads&);
   Kernel forward, backward;
+  // The same with pairs and dropout.
+  Kernel forward_pairs, backward_pairs;
 };
 
 struct AttentionTable {

@@ -4,6 +4,7 @@
 //   backward  P from S and the lse, normalised again,  dP = dO V^T,
 //             dS = P (dP - rowsum(P dP) + dlse),
 //             dV = P^T dO,  dQ = dS K,  dK = dS^T Q
+// With pairs, S carries a bias and dS is the bias's gradient; dropout multiplies P and dP.
 // All seven products are one micro-kernel, C (+)= A B, with B in rows of whole vectors and A read
 // number by number at any strides. Every choice depends on the molecule alone.
 #include "ragged_attention.h"
@@ -252,17 +253,26 @@ struct ComputeType<Half> {
   using type = float;
 };
 
+// Of the key heads of one call: their K, V and gradients; and what one block of queries needs.
 template <class T>
 struct Scratch {
-  T *q, *k, *v, *grad, *dq, *dk, *dv, *k_t, *v_t, *p, *dp, *end;
+  T *q, *k, *v, *grad, *dq, *dk, *dv, *k_t, *v_t, *p, *dp, *bias, *dscores, *keep, *end;
+  int64_t kv_block;  // numbers from one key head's k, v, ... to the next one's
 
-  Scratch(void* memory, const Attention& x, const AttentionMolecule& m) {
+  Scratch(void* memory, const Attention& x, const AttentionMolecule& m,
+          const AttentionHeads& heads) {
     end = static_cast<T*>(memory);
     const int64_t dim = padded<T>(x.dim), keys = padded<T>(m.keys);
     const int64_t queries = m.queries < kQueryBlock ? m.queries : kQueryBlock;
+    const int64_t kv_heads = heads.end - heads.begin, q_heads = kv_heads * (x.heads / x.kv_heads);
+    kv_block = keys * dim;
     for (T** block : {&q, &grad, &dq}) *block = take(queries * dim);
-    for (T** block : {&k, &v, &dk, &dv, &k_t, &v_t}) *block = take(keys * dim);
+    for (T** block : {&k, &v, &dk, &dv, &k_t, &v_t}) *block = take(kv_heads * kv_block);
     for (T** block : {&p, &dp}) *block = take(queries * keys);
+    const int64_t pairs = padded<T>(q_heads) * queries * keys;
+    bias = x.pairs.bias || x.pairs.scores ? take(pairs) : nullptr;
+    dscores = x.pairs.grad_scores ? take(pairs) : nullptr;
+    keep = x.dropout.seeds ? take(keys) : nullptr;
   }
 
   // Every block is whole vectors long.
@@ -274,9 +284,18 @@ struct Scratch {
 };
 
 template <class T>
-int64_t scratch_bytes(const Attention& x, const AttentionMolecule& m) {
-  return reinterpret_cast<char*>(Scratch<T>(nullptr, x, m).end) - static_cast<char*>(nullptr);
+int64_t scratch_bytes(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads) {
+  return reinterpret_cast<char*>(Scratch<T>(nullptr, x, m, heads).end) -
+         static_cast<char*>(nullptr);
 }
+
+// A block of queries of one molecule, for one call.
+struct Block {
+  const Attention& x;
+  const AttentionMolecule& m;
+  int64_t first, rows;        // queries of the molecule
+  int64_t first_head, heads;  // query heads of the call
+};
 
 // How many keys query i of the molecule sees.
 EDT_INLINE int64_t visible(const Attention& x, const AttentionMolecule& m, int64_t i) {
@@ -289,9 +308,8 @@ EDT_INLINE int64_t visible(const Attention& x, const AttentionMolecule& m, int64
 // no key has P = 0 and lse = -inf.
 template <class T>
 void softmax(const Attention& x, const AttentionMolecule& m, int64_t first_query, int64_t rows,
-             int64_t head, Matrix<T> s) {
+             int64_t head, Matrix<T> s, T scale) {
   constexpr int W = kLanes<T>;
-  const T scale = static_cast<T>(x.scale);
   const int64_t keys = visible(x, m, first_query + rows - 1);
   T largest[kQueryBlock], totals[kQueryBlock] = {}, logs[kQueryBlock];
   for (int64_t i = 0; i < rows; ++i) {
@@ -323,12 +341,12 @@ void softmax(const Attention& x, const AttentionMolecule& m, int64_t first_query
     lse[i * x.heads] = totals[i] == 0 ? -INFINITY : largest[i] + logs[i];
 }
 
-// From S and dP, both overwritten: P, and scale dS = scale P (dP - rowsum(P dP) + dlse).
+// From S and dP, both overwritten: P = softmax(scale S), and scale dx with
+// dx = P (dP - rowsum(P dP) + dlse).
 template <class T>
 void softmax_backward(const Attention& x, const AttentionMolecule& m, int64_t first_query,
-                      int64_t rows, int64_t head, Matrix<T> s, Matrix<T> dp) {
+                      int64_t rows, int64_t head, Matrix<T> s, Matrix<T> dp, T scale) {
   constexpr int W = kLanes<T>;
-  const T scale = static_cast<T>(x.scale);
   const int64_t keys = visible(x, m, first_query + rows - 1);
   for (int64_t i = 0; i < rows; ++i) {
     T *p_row = s.data + i * s.stride, *dp_row = dp.data + i * dp.stride;
@@ -358,77 +376,272 @@ void softmax_backward(const Attention& x, const AttentionMolecule& m, int64_t fi
   }
 }
 
-template <class S, class T = typename ComputeType<S>::type>
-void forward(const Attention& x, const AttentionMolecule& m, int64_t kv_head, void* memory) {
-  const Scratch<T> scratch(memory, x, m);
-  const int64_t dim = padded<T>(x.dim), stride = padded<T>(m.keys);
-  const auto k = View<S, T>(x.k, m.k_begin, m.keys, kv_head, x.dim, scratch.k).read();
-  const auto v = View<S, T>(x.v, m.k_begin, m.keys, kv_head, x.dim, scratch.v).read();
-  const Matrix<T> k_t{scratch.k_t, stride}, p{scratch.p, stride};
-  transpose(k, m.keys, x.dim, k_t);
+// Between [pairs, H] of S in memory and [heads, rows, padded keys] of T in scratch, for the rows
+// and heads of a block. Squares of whole vectors are transposed in registers.
+template <class S, class T>
+void read_pairs(const Block& b, const void* memory, T* to) {
+  constexpr int W = kLanes<T>;
+  const int64_t keys = b.m.keys, stride = padded<T>(keys);
+  for (int64_t r = 0; r < b.rows; ++r)
+    for (int64_t h = 0; h < b.heads; h += W)
+      for (int64_t j = 0; j < keys; j += W) {
+        const S* from = static_cast<const S*>(memory) + b.first_head + h +
+                        (b.m.pair_begin + (b.first + r) * keys + j) * b.x.heads;
+        Vec<T> x[W];
+        for (int i = 0; i < W; ++i) {
+          x[i] = Vec<T>{};
+          if (j + i < keys) {
+            if (h + W <= b.heads) {
+              x[i] = load(from + i * b.x.heads);
+            } else {
+              S few[W] = {};
+              std::memcpy(few, from + i * b.x.heads, (b.heads - h) * sizeof(S));
+              x[i] = load(few);
+            }
+          }
+        }
+        transpose_square<T>(x);
+        for (int i = 0; i < W; ++i) store(to + ((h + i) * b.rows + r) * stride + j, x[i]);
+      }
+}
 
-  const int64_t group = x.heads / x.kv_heads;
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-    for (int64_t i = 0; i < m.queries; i += kQueryBlock) {
-      const int64_t rows = m.queries - i < kQueryBlock ? m.queries - i : kQueryBlock;
-      const int64_t keys = visible(x, m, i + rows - 1);
-      const int64_t row = m.q_begin + i;
-      const auto q = View<S, T>(x.q, row, rows, head, x.dim, scratch.q).read();
-      const View<S, T> out(x.out, row, rows, head, x.dim, scratch.dq);
+template <class S, class T>
+void write_pairs(const Block& b, const T* from, void* memory) {
+  constexpr int W = kLanes<T>;
+  const int64_t keys = b.m.keys, stride = padded<T>(keys);
+  for (int64_t r = 0; r < b.rows; ++r)
+    for (int64_t h = 0; h < b.heads; h += W)
+      for (int64_t j = 0; j < keys; j += W) {
+        Vec<T> x[W];
+        for (int i = 0; i < W; ++i)
+          x[i] = h + i < b.heads ? load(from + ((h + i) * b.rows + r) * stride + j) : Vec<T>{};
+        transpose_square<T>(x);
+        S* to = static_cast<S*>(memory) + b.first_head + h +
+                (b.m.pair_begin + (b.first + r) * keys + j) * b.x.heads;
+        for (int i = 0; i < W && j + i < keys; ++i) {
+          if (h + W <= b.heads) {
+            store(to + i * b.x.heads, x[i]);
+          } else {
+            S few[W];
+            store(few, x[i]);
+            std::memcpy(to + i * b.x.heads, few, (b.heads - h) * sizeof(S));
+          }
+        }
+      }
+}
 
-      multiply<false>(plain(q), k_t, p, rows, padded<T>(keys), x.dim);
-      softmax(x, m, i, rows, head, p);
-      multiply<false>(plain(p), v, out.matrix, rows, dim, keys);
+// Logits scale S + bias in place of S and, where there is room for them, of the bias; -inf where
+// causal attention hides the pair.
+template <class T>
+void add_bias(const Block& b, Matrix<T> s, T* bias, bool biased) {
+  constexpr int W = kLanes<T>;
+  const T scale = static_cast<T>(b.x.scale);
+  for (int64_t r = 0; r < b.rows; ++r) {
+    const int64_t seen = visible(b.x, b.m, b.first + r);
+    for (int64_t j = 0; j < b.m.keys; j += W) {
+      T* at = bias ? bias + r * s.stride + j : nullptr;
+      Vec<T> logit = load(s.data + r * s.stride + j) * scale;
+      if (biased) logit += load(at);
+      if (b.x.causal) logit = first<T>(logit, seen - j, -INFINITY);
+      store(s.data + r * s.stride + j, logit);
+      if (bias) store(at, logit);
+    }
+  }
+}
+
+// A bijection of 32 bits in which every bit of the result depends on every bit of x.
+EDT_INLINE uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352D;
+  x = (x ^ (x >> 15)) * 0x846CA68B;
+  return x ^ (x >> 16);
+}
+
+// Multiplies every weight with 0 or the dropout's scale.
+template <class T>
+void drop(const Block& b, int64_t head, Matrix<T> p, T* keep) {
+  const AttentionDropout& dropout = b.x.dropout;
+  const auto seed = static_cast<uint64_t>(dropout.seeds[dropout.per_molecule ? b.m.index : 0]);
+  const uint32_t of_call =
+      mix(mix(static_cast<uint32_t>(seed)) + static_cast<uint32_t>(seed >> 32));
+  const uint32_t of_head = mix(of_call + static_cast<uint32_t>(head));
+  const T scale = static_cast<T>(dropout.scale);
+  for (int64_t r = 0; r < b.rows; ++r) {
+    const uint32_t of_query = mix(of_head + static_cast<uint32_t>(b.first + r));
+    const int64_t keys = visible(b.x, b.m, b.first + r);
+    for (int64_t j = 0; j < keys; ++j)
+      keep[j] = mix(of_query + static_cast<uint32_t>(j)) >= dropout.threshold ? scale : T(0);
+    for (int64_t j = 0; j < keys; ++j) p.data[r * p.stride + j] *= keep[j];
+  }
+}
+
+// dx of the pairs: adds the gradient of the scores, gives it to the bias, and scales it for dQ and
+// dK. Both are [rows, padded keys] of the head, or null.
+template <class T>
+void finish_pairs(const Block& b, Matrix<T> dx, const T* dscores, T* dbias) {
+  constexpr int W = kLanes<T>;
+  const T scale = static_cast<T>(b.x.scale);
+  const int64_t computed = visible(b.x, b.m, b.first + b.rows - 1);
+  for (int64_t r = 0; r < b.rows; ++r) {
+    const int64_t seen = visible(b.x, b.m, b.first + r);
+    for (int64_t j = 0; j < b.m.keys; j += W) {
+      T* at = dx.data + r * dx.stride + j;
+      Vec<T> grad = j < computed ? load(at) : Vec<T>{};
+      if (dscores) grad += load(dscores + r * dx.stride + j);
+      grad = first<T>(grad, seen - j, T(0));
+      if (dbias) store(dbias + r * dx.stride + j, grad);
+      store(at, grad * scale);
+    }
+  }
+}
+
+// The key heads of a call: where each has its K, V and what is computed from them.
+template <class S, class T>
+struct KeyHeads {
+  const Attention& x;
+  const AttentionMolecule& m;
+  const AttentionHeads& heads;
+  const Scratch<T>& scratch;
+
+  View<S, T> view(const AttentionRows& rows, T* copies, int64_t head) const {
+    return View<S, T>(rows, m.k_begin, m.keys, head, x.dim, copies + offset(head));
+  }
+
+  Matrix<T> transposed(T* blocks, int64_t head) const {
+    return {blocks + offset(head), padded<T>(m.keys)};
+  }
+
+  // Reads the rows, and transposes them where they are given a place.
+  void read(const AttentionRows& rows, T* copies, T* blocks) const {
+    for (int64_t head = heads.begin; head < heads.end; ++head) {
+      const Matrix<T> matrix = view(rows, copies, head).read();
+      if (blocks) transpose(matrix, m.keys, x.dim, transposed(blocks, head));
+    }
+  }
+
+ private:
+  int64_t offset(int64_t head) const { return (head - heads.begin) * scratch.kv_block; }
+};
+
+// The next queries, at most a block of them.
+EDT_INLINE Block block_at(const Attention& x, const AttentionMolecule& m,
+                          const AttentionHeads& heads, int64_t first) {
+  const int64_t left = m.queries - first, group = x.heads / x.kv_heads;
+  return {x,
+          m,
+          first,
+          left < kQueryBlock ? left : kQueryBlock,
+          heads.begin * group,
+          (heads.end - heads.begin) * group};
+}
+
+template <class S, bool PAIRS, class T = typename ComputeType<S>::type>
+void forward(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
+             void* memory) {
+  const Scratch<T> scratch(memory, x, m, heads);
+  const int64_t dim = padded<T>(x.dim), stride = padded<T>(m.keys), group = x.heads / x.kv_heads;
+  const KeyHeads<S, T> kv{x, m, heads, scratch};
+  kv.read(x.k, scratch.k, scratch.k_t);
+  kv.read(x.v, scratch.v, nullptr);
+  const Matrix<T> p{scratch.p, stride};
+
+  for (int64_t i = 0; i < m.queries; i += kQueryBlock) {
+    const Block b = block_at(x, m, heads, i);
+    const int64_t keys = visible(x, m, i + b.rows - 1), row = m.q_begin + i;
+    if constexpr (PAIRS)
+      if (x.pairs.bias) read_pairs<S>(b, x.pairs.bias, scratch.bias);
+    for (int64_t h = 0; h < b.heads; ++h) {
+      const int64_t head = b.first_head + h, kv_head = head / group;
+      const auto q = View<S, T>(x.q, row, b.rows, head, x.dim, scratch.q).read();
+      const View<S, T> out(x.out, row, b.rows, head, x.dim, scratch.dq);
+
+      multiply<false>(plain(q), kv.transposed(scratch.k_t, kv_head), p, b.rows, padded<T>(keys),
+                      x.dim);
+      if constexpr (PAIRS) {
+        T* bias = scratch.bias ? scratch.bias + h * b.rows * stride : nullptr;
+        add_bias(b, p, bias, x.pairs.bias);
+        softmax(x, m, i, b.rows, head, p, T(1));
+        if (x.dropout.seeds) drop(b, head, p, scratch.keep);
+      } else {
+        softmax(x, m, i, b.rows, head, p, static_cast<T>(x.scale));
+      }
+      const auto v = kv.view(x.v, scratch.v, kv_head).matrix;
+      multiply<false>(plain(p), v, out.matrix, b.rows, dim, keys);
       out.write();
     }
+    if constexpr (PAIRS)
+      if (x.pairs.scores) write_pairs<S>(b, scratch.bias, x.pairs.scores);
+  }
+}
+
+template <class S, bool PAIRS, class T = typename ComputeType<S>::type>
+void backward(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
+              void* memory) {
+  const Scratch<T> scratch(memory, x, m, heads);
+  const int64_t dim = padded<T>(x.dim), stride = padded<T>(m.keys), group = x.heads / x.kv_heads;
+  const KeyHeads<S, T> kv{x, m, heads, scratch};
+  kv.read(x.k, scratch.k, scratch.k_t);
+  kv.read(x.v, scratch.v, scratch.v_t);
+  for (int64_t head = heads.begin; head < heads.end; ++head) {
+    kv.view(x.dk, scratch.dk, head).zeros();
+    kv.view(x.dv, scratch.dv, head).zeros();
+  }
+  const Matrix<T> p{scratch.p, stride}, dp{scratch.dp, stride};
+
+  for (int64_t i = 0; i < m.queries; i += kQueryBlock) {
+    const Block b = block_at(x, m, heads, i);
+    const int64_t keys = visible(x, m, i + b.rows - 1), row = m.q_begin + i;
+    if constexpr (PAIRS) {
+      if (x.pairs.bias) read_pairs<S>(b, x.pairs.bias, scratch.bias);
+      if (x.pairs.grad_scores) read_pairs<S>(b, x.pairs.grad_scores, scratch.dscores);
+    }
+    for (int64_t h = 0; h < b.heads; ++h) {
+      const int64_t head = b.first_head + h, kv_head = head / group;
+      const auto q = View<S, T>(x.q, row, b.rows, head, x.dim, scratch.q).read();
+      const auto grad = View<S, T>(x.grad, row, b.rows, head, x.dim, scratch.grad).read();
+      const View<S, T> dq(x.dq, row, b.rows, head, x.dim, scratch.dq);
+
+      multiply<false>(plain(q), kv.transposed(scratch.k_t, kv_head), p, b.rows, padded<T>(keys),
+                      x.dim);
+      multiply<false>(plain(grad), kv.transposed(scratch.v_t, kv_head), dp, b.rows, padded<T>(keys),
+                      x.dim);
+      if constexpr (PAIRS) {
+        T* bias = scratch.bias ? scratch.bias + h * b.rows * stride : nullptr;
+        const T* dscores = scratch.dscores ? scratch.dscores + h * b.rows * stride : nullptr;
+        add_bias(b, p, bias, x.pairs.bias);
+        if (x.dropout.seeds) drop(b, head, dp, scratch.keep);
+        softmax_backward(x, m, i, b.rows, head, p, dp, T(1));
+        if (x.dropout.seeds) drop(b, head, p, scratch.keep);
+        finish_pairs(b, dp, dscores, x.pairs.dbias ? bias : nullptr);
+      } else {
+        softmax_backward(x, m, i, b.rows, head, p, dp, static_cast<T>(x.scale));
+      }
+      multiply<true>(transposed(p), grad, kv.view(x.dv, scratch.dv, kv_head).matrix, keys, dim,
+                     b.rows);
+      multiply<false>(plain(dp), kv.view(x.k, scratch.k, kv_head).matrix, dq.matrix, b.rows, dim,
+                      keys);
+      multiply<true>(transposed(dp), q, kv.view(x.dk, scratch.dk, kv_head).matrix, keys, dim,
+                     b.rows);
+      dq.write();
+    }
+    if constexpr (PAIRS)
+      if (x.pairs.dbias) write_pairs<S>(b, scratch.bias, x.pairs.dbias);
+  }
+  for (int64_t head = heads.begin; head < heads.end; ++head) {
+    kv.view(x.dk, scratch.dk, head).write();
+    kv.view(x.dv, scratch.dv, head).write();
+  }
 }
 
 template <class S, class T = typename ComputeType<S>::type>
-void backward(const Attention& x, const AttentionMolecule& m, int64_t kv_head, void* memory) {
-  const Scratch<T> scratch(memory, x, m);
-  const int64_t dim = padded<T>(x.dim), stride = padded<T>(m.keys);
-  const auto k = View<S, T>(x.k, m.k_begin, m.keys, kv_head, x.dim, scratch.k).read();
-  const auto v = View<S, T>(x.v, m.k_begin, m.keys, kv_head, x.dim, scratch.v).read();
-  const Matrix<T> k_t{scratch.k_t, stride}, v_t{scratch.v_t, stride};
-  const Matrix<T> p{scratch.p, stride}, dp{scratch.dp, stride};
-  transpose(k, m.keys, x.dim, k_t);
-  transpose(v, m.keys, x.dim, v_t);
-  const View<S, T> dk_view(x.dk, m.k_begin, m.keys, kv_head, x.dim, scratch.dk);
-  const View<S, T> dv_view(x.dv, m.k_begin, m.keys, kv_head, x.dim, scratch.dv);
-  const Matrix<T> dk = dk_view.zeros(), dv = dv_view.zeros();
-
-  const int64_t group = x.heads / x.kv_heads;
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-    for (int64_t i = 0; i < m.queries; i += kQueryBlock) {
-      const int64_t rows = m.queries - i < kQueryBlock ? m.queries - i : kQueryBlock;
-      const int64_t keys = visible(x, m, i + rows - 1);
-      const int64_t row = m.q_begin + i;
-      const auto q = View<S, T>(x.q, row, rows, head, x.dim, scratch.q).read();
-      const auto grad = View<S, T>(x.grad, row, rows, head, x.dim, scratch.grad).read();
-      const View<S, T> dq(x.dq, row, rows, head, x.dim, scratch.dq);
-
-      multiply<false>(plain(q), k_t, p, rows, padded<T>(keys), x.dim);
-      multiply<false>(plain(grad), v_t, dp, rows, padded<T>(keys), x.dim);
-      softmax_backward(x, m, i, rows, head, p, dp);
-      multiply<true>(transposed(p), grad, dv, keys, dim, rows);
-      multiply<false>(plain(dp), k, dq.matrix, rows, dim, keys);
-      multiply<true>(transposed(dp), q, dk, keys, dim, rows);
-      dq.write();
-    }
-  dk_view.write();
-  dv_view.write();
-}
+constexpr AttentionKernels kernels = {scratch_bytes<T>, forward<S, false>, backward<S, false>,
+                                      forward<S, true>, backward<S, true>};
 
 }  // namespace
 
 namespace EDT_ISA {
 
-const AttentionTable attention_kernels = {
-    {scratch_bytes<float>, forward<float>, backward<float>},
-    {scratch_bytes<float>, forward<BFloat16>, backward<BFloat16>},
-    {scratch_bytes<float>, forward<Half>, backward<Half>},
-    {scratch_bytes<double>, forward<double>, backward<double>},
-};
+const AttentionTable attention_kernels = {kernels<float>, kernels<BFloat16>, kernels<Half>,
+                                          kernels<double>};
 
 }  // namespace EDT_ISA
 }  // namespace edt

@@ -200,7 +200,8 @@ def ragged_attention(
         bias: [sum Lq Lk, H], added to the logits: per molecule all keys of its first query, then
             of the second; -inf hides a pair. More rows than pairs are allowed, and not read.
         dropout_p: chance to drop an attention weight, 0 <= dropout_p < 1.
-        seed: int64 of one element, needed for dropout. The same seed drops the same pairs of a
+        seed: int64, needed for dropout: [B], one per molecule, or one element, with which every
+            molecule drops the same (head, query, key). The same seed drops the same pairs of a
             molecule whatever else is in the batch, in every call.
         return_lse: also return the log-sum-exp of the logits.
         return_scores: also return the logits.
@@ -231,7 +232,7 @@ def ragged_attention(
     """
     if not kernel_checks(q):
         _check_inputs(q, k, v, q_offsets, k_offsets)
-        _check_options(q, scale, bias, dropout_p, seed)
+        _check_options(q, scale, bias, dropout_p, seed, q_offsets.shape[0] - 1)
     try:
         if bias is None and not dropout_p and not return_scores:
             apply = _RaggedAttention.apply if needs_grad(q, k, v) else _attention
@@ -243,7 +244,7 @@ def ragged_attention(
             out, lse, scores = apply(*arguments, *options)
     except Exception:
         _check_inputs(q, k, v, q_offsets, k_offsets)
-        _check_options(q, scale, bias, dropout_p, seed)
+        _check_options(q, scale, bias, dropout_p, seed, q_offsets.shape[0] - 1)
         _check_contents(q, k, q_offsets, k_offsets, bias)
         raise
     if return_scores:
@@ -289,7 +290,9 @@ def _check_contents(
             )
 
 
-def _check_options(q: Tensor, scale: object, bias: object, dropout_p: object, seed: object) -> None:
+def _check_options(
+    q: Tensor, scale: object, bias: object, dropout_p: object, seed: object, molecules: int
+) -> None:
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     if bias is not None:
@@ -300,10 +303,13 @@ def _check_options(q: Tensor, scale: object, bias: object, dropout_p: object, se
             raise ValueError(
                 f"bias must have shape [sum Lq Lk, {q.shape[1]}], got shape {tuple(bias.shape)}"
             )
-    if not 0 <= dropout_p < 1:
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
     if dropout_p > 0:
         _check.tensor("seed", seed, dtypes=(torch.int64,))
         _check.same_device("seed", seed, q)
-        if seed.numel() != 1:
-            raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
+        if seed.numel() not in (1, molecules):
+            raise ValueError(
+                f"seed must have one element, or one for each of {molecules} molecules, "
+                f"got shape {tuple(seed.shape)}"
+            )

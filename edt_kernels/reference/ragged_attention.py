@@ -16,6 +16,7 @@ from edt_kernels.reference.entropy import accumulation_dtype
 class Span(NamedTuple):
     """Where one molecule lies: its rows among queries and keys, and its (query, key) pairs."""
 
+    index: int
     queries: slice
     keys: slice
     pairs: slice
@@ -30,7 +31,7 @@ def spans(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor) -> Iterato
     for m in range(len(starts_q) - 1):
         queries, keys = slice(*starts_q[m : m + 2]), slice(*starts_k[m : m + 2])
         shape = (queries.stop - queries.start, keys.stop - keys.start)
-        yield Span(queries, keys, slice(pair, pair + shape[0] * shape[1]), shape)
+        yield Span(m, queries, keys, slice(pair, pair + shape[0] * shape[1]), shape)
         pair += shape[0] * shape[1]
 
 
@@ -96,7 +97,7 @@ def ragged_attention_general(
         x = _logits(q, k, bias, span, causal, scale, dtype)
         p, lse = _softmax(x)
         if dropout_p > 0:
-            p = p * _dropout(seed, x, dropout_p)
+            p = p * _dropout(seed, span, x, dropout_p)
         o = p @ _per_head(v, span.keys, heads, dtype)
         outs.append(o.transpose(0, 1).to(q.dtype))
         lses.append(lse.transpose(0, 1))
@@ -137,10 +138,10 @@ def ragged_attention_general_bwd(
     for span in spans(q, k, q_offsets, k_offsets):
         if 0 in span.shape:
             continue
-        rows, keys, pairs, shape = span
+        _, rows, keys, pairs, shape = span
         x = _logits(q, k, bias, span, causal, scale, dtype)
         p, _ = _softmax(x)
-        drop = _dropout(seed, x, dropout_p) if dropout_p > 0 else 1.0
+        drop = _dropout(seed, span, x, dropout_p) if dropout_p > 0 else 1.0
         do = _per_head(grad, rows, heads, dtype)
 
         dp = (do @ _per_head(v, keys, heads, dtype).mT) * drop
@@ -219,14 +220,15 @@ def _finite(x: Tensor) -> Tensor:
     return x.masked_fill(x == -torch.inf, 0)
 
 
-def _dropout(seed: Tensor, x: Tensor, p: float) -> Tensor:
+def _dropout(seed: Tensor, span: Span, x: Tensor, p: float) -> Tensor:
     """What dropout multiplies the weights [H, Lq, Lk] with: 0 or 1 / (1 - p).
 
     The bits are a hash of (seed, head, query, key), indices within the molecule: the same seed
-    drops the same pairs whatever else is in the batch.
+    drops the same pairs whatever else is in the batch. `seed` has one element, or one a molecule.
     """
     heads, queries, keys = (torch.arange(n, device=x.device) for n in x.shape)
-    seed = seed.reshape(1)
+    seed = seed.reshape(-1)
+    seed = seed[span.index if len(seed) > 1 else 0].reshape(1)
     bits = _mix(_mix(seed) + (seed >> 32))
     bits = _mix(bits + heads.view(-1, 1, 1))
     bits = _mix(bits + queries.view(-1, 1))

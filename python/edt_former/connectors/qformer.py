@@ -205,7 +205,7 @@ class _Attention(nn.Module):
             x.offsets,
             keys.offsets,
             dropout_p=dropout,
-            seed=_seed(x.values.device) if dropout else None,
+            seed=_seeds(x.offsets) if dropout else None,
         )
         return Rows(self.output(read.flatten(1), x.values), x.offsets)
 
@@ -236,9 +236,9 @@ def _together(first: Rows, second: Rows) -> Rows:
     )
 
 
-def _seed(device: torch.device) -> Tensor:
-    """For one call of attention dropout, from torch's generator; read by the kernel only."""
-    return torch.randint(2**63 - 1, (1,), device=device)
+def _seeds(offsets: Tensor) -> Tensor:
+    """One per molecule for one call of attention dropout, from torch's generator."""
+    return torch.randint(2**63 - 1, (offsets.shape[0] - 1,), device=offsets.device)
 
 
 def _initialise(module: nn.Module) -> None:
