@@ -1,9 +1,8 @@
 """Ragged kernels that let a frozen language model read molecules.
 
 A batch is packed: `values [N, ...]` with `offsets [B + 1]`, no padding inside. Ops are
-differentiable where their docstring says so and run under `torch.compile(fullgraph=True)`. All but
-`linear_entropy`, whose matrix products are torch's, give a molecule the same bits alone or in any
-batch.
+differentiable where their docstring says so, run under `torch.compile(fullgraph=True)`, and give a
+molecule the same bits alone or in any batch.
 """
 
 from importlib.metadata import version

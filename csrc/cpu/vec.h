@@ -35,7 +35,7 @@ struct Float<float> {
   // Adding it rounds to an integer, which the low bits of the sum then hold.
   static constexpr float kRounder = 0x1.8p23f;
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kExpMin = -87, kExpMax = 89;
+  static constexpr float kExpMin = -87, kExpMax = 89, kLargest = 0x1.fffffep127f;
   // exp(r) = 1 + r + r^2 p(r), |r| <= ln(2) / 2, highest power first (Cephes).
   static constexpr float kExp[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                    4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
@@ -49,7 +49,7 @@ struct Float<double> {
   static constexpr int kMantissaBits = 52, kExponentBias = 1023;
   static constexpr double kRounder = 0x1.8p52;
   static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
-  static constexpr double kExpMin = -708, kExpMax = 710;
+  static constexpr double kExpMin = -708, kExpMax = 710, kLargest = 0x1.fffffffffffffp1023;
   // Taylor: the first term left out is below 2^-57.
   static constexpr double kExp[] = {1 / 6227020800., 1 / 479001600., 1 / 39916800., 1 / 3628800.,
                                     1 / 362880.,     1 / 40320.,     1 / 5040.,     1 / 720.,

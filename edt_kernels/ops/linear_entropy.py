@@ -6,31 +6,41 @@ import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import composite_backward, define, needs_grad, second_order
+from edt_kernels._library import (
+    composite_backward,
+    define,
+    kernel_checks,
+    needs_grad,
+    second_order,
+)
 from edt_kernels.ops.entropy import UNITS
 from edt_kernels.reference.entropy import accumulation_dtype
 
 
-def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    return hidden.new_empty(hidden.shape[:-1], dtype=accumulation_dtype(hidden.dtype))
+def _fake(hidden, weight, bias, scale):
+    row = hidden.new_empty(hidden.shape[:-1], dtype=accumulation_dtype(hidden.dtype))
+    return row, torch.empty_like(row), torch.empty_like(row)
 
 
-def _fake_bwd(grad, hidden, weight, bias, scale, needed):
+def _fake_bwd(grad, hidden, weight, bias, h, top, log_total, scale, need_hidden, need_weight):
+    tokens, width = weight.shape
     return (
-        hidden.new_empty(hidden.shape if needed[0] else (0, hidden.shape[-1])),
-        weight.new_empty(weight.shape if needed[1] else (0, hidden.shape[-1])),
-        weight.new_empty(weight.shape[0] if needed[2] else 0),
+        hidden.new_empty(hidden.shape if need_hidden else (0, width)),
+        weight.new_empty(tokens if need_weight else 0, width),
+        weight.new_empty(tokens if need_weight else 0),
     )
 
 
 _linear_entropy = define(
-    "linear_entropy(Tensor hidden, Tensor weight, Tensor? bias, float scale) -> Tensor",
+    "linear_entropy(Tensor hidden, Tensor weight, Tensor? bias, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_entropy,
     fake=_fake,
 )
 _linear_entropy_bwd = define(
-    "linear_entropy_bwd(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, float scale,"
-    " bool[] needed) -> (Tensor, Tensor, Tensor)",
+    "linear_entropy_bwd(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor h,"
+    " Tensor top, Tensor log_total, float scale, bool need_hidden, bool need_weight)"
+    " -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_entropy_bwd,
     fake=_fake_bwd,
 )
@@ -39,26 +49,30 @@ _linear_entropy_bwd = define(
 class _LinearEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias)
+        h, top, log_total = _linear_entropy(hidden, weight, bias, scale)
+        ctx.save_for_backward(hidden, weight, bias, h, top, log_total)
         ctx.scale = scale
-        return _linear_entropy(hidden, weight, bias, scale)
+        return h
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = (*ctx.saved_tensors, ctx.scale)
+        hidden, weight, bias, *_ = ctx.saved_tensors
         if second_order():
+            inputs = (hidden, weight, bias, ctx.scale)
             return composite_backward(reference.linear_entropy, inputs, (grad,))
-        needed = list(ctx.needs_input_grad[:3])
-        grads = _linear_entropy_bwd(grad, *inputs, needed)
-        return *(g if n else None for g, n in zip(grads, needed, strict=True)), None
+        need_hidden, *need_shared, _ = ctx.needs_input_grad
+        options = (ctx.scale, need_hidden, any(need_shared))
+        grads = _linear_entropy_bwd(grad, *ctx.saved_tensors, *options)
+        wanted = (need_hidden, *need_shared)
+        return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
 
 
 def linear_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, unit: str = "nats"
 ) -> Tensor:
-    """Entropy of softmax(hidden weight^T + bias), the logits computed by chunks and not kept.
+    """Entropy of softmax(hidden weight^T + bias), the logits computed by tiles and not kept.
 
-    The backward computes them again, so memory stays at a chunk of rows whatever N and V are.
+    The backward computes them again, so memory stays at a tile whatever N and V are.
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64; half types are multiplied and
@@ -74,15 +88,26 @@ def linear_entropy(
         TypeError: wrong type or dtype.
         ValueError: wrong shape, device or unit.
 
+    A row's entropy and gradient do not depend on the other rows, to the bit; the gradients of
+    weight and bias are the same for any number of threads.
+
     Example:
         >>> import torch, edt_kernels
         >>> edt_kernels.linear_entropy(torch.ones(1, 3), torch.zeros(4, 3), unit="bits")
         tensor([2.])
     """
-    _check_arguments(hidden, weight, bias, unit)
-    scale = UNITS[unit]
-    run = _LinearEntropy.apply if needs_grad(hidden, weight, bias) else _linear_entropy
-    return run(hidden, weight, bias, scale).to(hidden.dtype)
+    if not kernel_checks(hidden):
+        _check_arguments(hidden, weight, bias, unit)
+    try:
+        scale = UNITS[unit]
+        if needs_grad(hidden, weight, bias):
+            h = _LinearEntropy.apply(hidden, weight, bias, scale)
+        else:
+            h = _linear_entropy(hidden, weight, bias, scale)[0]
+    except Exception:
+        _check_arguments(hidden, weight, bias, unit)
+        raise
+    return h if h.dtype == hidden.dtype else h.to(hidden.dtype)
 
 
 def _check_arguments(hidden: object, weight: object, bias: object, unit: object) -> None:

@@ -11,11 +11,16 @@ from edt_kernels.reference.entropy import accumulation_dtype, entropy, entropy_b
 CHUNK = 1 << 22  # logits alive at a time
 
 
-def linear_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """`scale` times the entropy in nats of every row of `hidden` [..., D]; half types in fp32."""
+def linear_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `entropy` returns for the logits of every row of `hidden` [..., D], made by chunks.
+
+    Half types are multiplied and summed in float32.
+    """
     rows, weight, bias = _widen(hidden, weight, bias)
-    parts = [entropy(F.linear(x, weight, bias), scale)[0] for x in _chunks(rows, weight)]
-    return torch.cat(parts).reshape(hidden.shape[:-1])
+    parts = [entropy(F.linear(x, weight, bias), scale) for x in _chunks(rows, weight)]
+    return tuple(torch.cat(part).reshape(hidden.shape[:-1]) for part in zip(*parts, strict=True))
 
 
 def linear_entropy_bwd(
@@ -23,27 +28,34 @@ def linear_entropy_bwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    h: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     scale: float,
-    needed: list[bool],
+    need_hidden: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias from logits computed again; [0] for those not needed."""
+    """Gradients of hidden, weight and bias from logits computed again; no rows where not needed.
+
+    The bias goes with the weight.
+    """
     rows, wide, wide_bias = _widen(hidden, weight, bias)
     v, d = weight.shape
-    grad_hidden = rows.new_empty(rows.shape[0] if needed[0] else 0, d)
-    grad_weight = rows.new_zeros(v if needed[1] else 0, d)
-    grad_bias = rows.new_zeros(v if needed[2] else 0)
-    grads = _chunks(grad.reshape(-1), wide)
-    parts = zip(_chunks(rows, wide), grads, _chunks(grad_hidden, wide), strict=False)
-    for x, g, dx in parts:
+    grad_hidden = rows.new_empty(rows.shape[0] if need_hidden else 0, d)
+    grad_weight = rows.new_zeros(v if need_weight else 0, d)
+    grad_bias = rows.new_zeros(v if need_weight else 0)
+    per_row = (_chunks(row.reshape(-1), wide) for row in (grad, h, top, log_total))
+    start = 0
+    for x, g, *saved in zip(_chunks(rows, wide), *per_row, strict=True):
         logits = F.linear(x, wide, wide_bias)
-        dlogits = entropy_bwd(g, logits, *entropy(logits, scale), scale, None)
-        if needed[0]:
-            torch.mm(dlogits, wide, out=dx)
-        if needed[1]:
+        dlogits = entropy_bwd(g, logits, *saved, scale, None)
+        if need_hidden:
+            torch.mm(dlogits, wide, out=grad_hidden[start : start + len(x)])
+        if need_weight:
             grad_weight.addmm_(dlogits.T, x)
-        if needed[2]:
             grad_bias += dlogits.sum(0)
-    grad_hidden = grad_hidden.reshape(hidden.shape) if needed[0] else grad_hidden
+        start += len(x)
+    grad_hidden = grad_hidden.reshape(hidden.shape) if need_hidden else grad_hidden
     return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from edt_kernels import entropy, linear_entropy
+from edt_kernels import build_info, entropy, linear_entropy, reference
+
+NATIVE = pytest.mark.skipif(
+    build_info()["ops"]["linear_entropy"] != "native", reason="a promise of the kernels"
+)
 
 
 def batch(rows=7, d=6, v=11, dtype=torch.float64, seed=0):
@@ -31,20 +35,24 @@ def with_grads(function, inputs, dtype=None):
     return [x.double() for x in (out.detach(), *torch.autograd.grad(out, leaves, grad.to(out)))]
 
 
-@pytest.mark.parametrize("v", [1, 2, 38, 300])
-@pytest.mark.parametrize("biased", [True, False])
-def test_float64_agrees_with_the_kept_logits(v, biased):
-    inputs = batch(v=v)[: 2 + biased]
+# Tiles of 96 rows and 8 to 64 tokens, widths of whole vectors and not: below, at and beyond.
+@pytest.mark.parametrize("v", [1, 2, 38, 64, 65, 300])
+@pytest.mark.parametrize("shape", [(7, 6), (97, 16), (200, 33)], ids=str)
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.usefixtures("poisoned")
+def test_float64_agrees_with_the_kept_logits(v, shape, biased):
+    inputs = batch(*shape, v)[: 2 + biased]
     for ours, true in zip(
         with_grads(linear_entropy, inputs), with_grads(eager, inputs), strict=True
     ):
-        torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("v", [2, 38, 300])
+@pytest.mark.usefixtures("poisoned")
 def test_error_is_within_twice_that_of_torch(v, dtype):
-    inputs = batch(rows=9, d=32, v=v, dtype=dtype)
+    inputs = batch(rows=99, d=32, v=v, dtype=dtype)
     truth = with_grads(eager, inputs, torch.float64)
     found = zip(with_grads(linear_entropy, inputs), with_grads(eager, inputs), truth, strict=True)
     for ours, torchs, true in found:
@@ -52,13 +60,77 @@ def test_error_is_within_twice_that_of_torch(v, dtype):
         assert (ours - true).abs().max() <= 2 * (torchs - true).abs().max() + slack
 
 
-def test_chunks_change_nothing_but_memory(monkeypatch):
-    inputs = batch(rows=200, v=38)
-    whole = with_grads(linear_entropy, inputs)
+def test_the_reference_works_by_chunks(monkeypatch):
+    hidden, weight, bias = batch(rows=200, v=38)
+    whole = reference.linear_entropy(hidden, weight, bias, 1.0)
+    grads = reference.linear_entropy_bwd(whole[0], hidden, weight, bias, *whole, 1.0, True, True)
     # a function of the same name hides the module
     monkeypatch.setattr(sys.modules["edt_kernels.reference.linear_entropy"], "CHUNK", 64 * 38)
-    for ours, true in zip(with_grads(linear_entropy, inputs), whole, strict=True):
+    parts = reference.linear_entropy(hidden, weight, bias, 1.0)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-13)
+    again = reference.linear_entropy_bwd(whole[0], hidden, weight, bias, *whole, 1.0, True, True)
+    torch.testing.assert_close(again, grads, rtol=1e-12, atol=1e-12)
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_row_has_the_same_bits_in_every_batch(dtype):
+    hidden, weight, bias = batch(rows=230, d=33, v=70, dtype=dtype)
+    h, grad, *_ = with_grads(linear_entropy, (hidden, weight, bias))
+    order = torch.randperm(230)
+    moved, moved_grad = linear_entropy_and_grad(hidden[order], weight, bias, order)
+    assert torch.equal(moved, h[order].to(dtype)) and torch.equal(moved_grad, grad[order].to(dtype))
+    for i in (0, 95, 96, 229):
+        alone, alone_grad = linear_entropy_and_grad(hidden[i : i + 1], weight, bias, [i])
+        assert alone == h[i].to(dtype) and torch.equal(alone_grad[0], grad[i].to(dtype))
+
+
+def linear_entropy_and_grad(hidden, weight, bias, rows):
+    """With the incoming gradients that `with_grads` gives `rows` of 230."""
+    leaf = hidden.clone().requires_grad_()
+    out = linear_entropy(leaf, weight, bias)
+    grad = torch.linspace(0.5, 2, 230, dtype=torch.float64)[rows].to(out)
+    return out.detach(), torch.autograd.grad(out, leaf, grad)[0]
+
+
+@NATIVE
+@pytest.mark.parametrize("v", [38, 300])
+def test_same_bits_for_any_number_of_threads(v, threads):
+    inputs = batch(rows=5000, d=16, v=v, dtype=torch.float32)
+    threads(1)
+    single = with_grads(linear_entropy, inputs)
+    threads(2)
+    assert all(map(torch.equal, single, with_grads(linear_entropy, inputs)))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_hidden_token_is_as_if_it_were_not():
+    hidden, weight, bias = batch(rows=50, d=8, v=70)
+    keep = torch.arange(70) != 66
+    bias[66] = -torch.inf
+    found = with_grads(linear_entropy, (hidden, weight, bias))
+    expected = with_grads(linear_entropy, (hidden, weight[keep], bias[keep]))
+    for ours, true in zip(found[:2], expected[:2], strict=True):
         torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-13)
+    assert (found[2][66] == 0).all() and found[3][66] == 0
+
+
+def test_nan_stays_in_its_row():
+    hidden, weight, bias = batch(rows=50, d=8, v=70, dtype=torch.float32)
+    clean = linear_entropy(hidden, weight, bias)
+    hidden[3] = torch.nan
+    found = linear_entropy(hidden, weight, bias)
+    assert found.isnan().nonzero().tolist() == [[3]]
+    assert torch.equal(found[4:], clean[4:])
+
+
+@pytest.mark.parametrize("size", [1e3, 1e18, 1e-30])
+def test_large_and_small_logits(size):
+    hidden, weight, _ = batch(rows=20, d=8, v=70, dtype=torch.float32)
+    found = with_grads(linear_entropy, (hidden * size, weight))
+    truth = with_grads(eager, (hidden * size, weight), torch.float64)
+    torch.testing.assert_close(found[0], truth[0], rtol=1e-3, atol=1e-5)
+    assert all(x.isfinite().all() for x in found)
 
 
 def test_the_graph_keeps_inputs_only():
@@ -104,8 +176,8 @@ def test_opcheck():
     hidden, weight, bias = batch(dtype=torch.float32)
     for x, b in ((hidden, bias), (hidden.T.contiguous().T, None)):
         torch.library.opcheck(torch.ops.edt.linear_entropy.default, (x, weight, b, 1.5))
-        needed = [True, False, b is not None]
-        args = (torch.ones(len(x)), x, weight, b, 1.5, needed)
+        row = torch.ones(len(x))
+        args = (row, x, weight, b, row, row, row, 1.5, True, b is not None)
         torch.library.opcheck(torch.ops.edt.linear_entropy_bwd.default, args)
 
 

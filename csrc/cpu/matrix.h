@@ -1,0 +1,205 @@
+// Products of small matrices that lie in cache, and what they need: rows of whole vectors,
+// transposes in registers, half types as float. For *.isa.cpp files only.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+#include "vec.h"
+
+namespace edt {
+namespace {
+
+// Registers hold the tile of C, one row of B and one number of A.
+constexpr int kTileRows = 6;
+#if defined(EDT_ISA_avx512)
+constexpr int kTileCols = 4;
+#else
+constexpr int kTileCols = 2;
+#endif
+template <class T>
+constexpr int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// Rows [n, padded] with a stride.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+};
+
+// What A gives to the product: element (i, k) at data[i row + k col].
+template <class T>
+struct Factor {
+  const T* data;
+  int64_t row, col;
+};
+
+template <class T>
+Factor<T> plain(Matrix<T> a) {
+  return {a.data, a.stride, 1};
+}
+
+template <class T>
+Factor<T> transposed(Matrix<T> a) {
+  return {a.data, 1, a.stride};
+}
+
+template <class T, int ROWS, int COLS, bool ADD>
+void multiply_tile(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t depth) {
+  constexpr int W = kLanes<T>;
+  Vec<T> sum[ROWS][COLS];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < COLS; ++j) sum[i][j] = ADD ? load(c.data + i * c.stride + j * W) : Vec<T>{};
+
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> row[COLS];
+#pragma GCC unroll 8
+    for (int j = 0; j < COLS; ++j) row[j] = load(b.data + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec<T> x = broadcast(a.data[i * a.row]);
+#pragma GCC unroll 8
+      for (int j = 0; j < COLS; ++j) sum[i][j] = fma(x, row[j], sum[i][j]);
+    }
+    a.data += a.col;
+    b.data += b.stride;
+  }
+
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < COLS; ++j) store(c.data + i * c.stride + j * W, sum[i][j]);
+}
+
+// The last rows, fewer than a tile has.
+template <class T, int ROWS, int COLS, bool ADD>
+void multiply_rest(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS)
+      multiply_tile<T, ROWS, COLS, ADD>(a, b, c, depth);
+    else
+      multiply_rest<T, ROWS - 1, COLS, ADD>(a, b, c, rows, depth);
+  }
+}
+
+template <class T, int COLS, bool ADD>
+void multiply_panel(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth) {
+  for (; rows >= kTileRows; rows -= kTileRows) {
+    multiply_tile<T, kTileRows, COLS, ADD>(a, b, c, depth);
+    a.data += kTileRows * a.row;
+    c.data += kTileRows * c.stride;
+  }
+  multiply_rest<T, kTileRows - 1, COLS, ADD>(a, b, c, rows, depth);
+}
+
+template <class T, int COLS, bool ADD>
+void multiply_panels(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t cols,
+                     int64_t depth) {
+  if constexpr (COLS > 0) {
+    for (; cols >= COLS * kLanes<T>; cols -= COLS * kLanes<T>) {
+      multiply_panel<T, COLS, ADD>(a, b, c, rows, depth);
+      b.data += COLS * kLanes<T>;
+      c.data += COLS * kLanes<T>;
+    }
+    multiply_panels<T, COLS - 1, ADD>(a, b, c, rows, cols, depth);
+  }
+}
+
+// C [rows, cols] = A B, or += with ADD; cols is whole vectors.
+template <bool ADD, class T>
+void multiply(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t cols, int64_t depth) {
+  multiply_panels<T, kTileCols, ADD>(a, b, c, rows, cols, depth);
+}
+
+template <class V, int... I>
+EDT_INLINE V interleave_low(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * n)...);
+}
+
+template <class V, int... I>
+EDT_INLINE V interleave_high(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (n / 2 + I / 2 + I % 2 * n)...);
+}
+
+// W x W in registers: log2(W) perfect shuffles of the rows.
+template <class T>
+EDT_INLINE void transpose_square(Vec<T> (&x)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+  using Lanes = std::make_integer_sequence<int, W>;
+#pragma GCC unroll 8
+  for (int step = 1; step < W; step *= 2) {
+    Vec<T> y[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      y[2 * i] = interleave_low(x[i], x[i + W / 2], Lanes{});
+      y[2 * i + 1] = interleave_high(x[i], x[i + W / 2], Lanes{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) x[i] = y[i];
+  }
+}
+
+// to [dim, padded rows] = from^T, zeros beyond `rows`: a NaN there would reach the row sums.
+template <class T>
+void transpose(Matrix<T> from, int64_t rows, int64_t dim, Matrix<T> to) {
+  constexpr int W = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += W)
+    for (int64_t d = 0; d < dim; d += W) {
+      Vec<T> x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i)
+        x[i] = r + i < rows ? load(from.data + (r + i) * from.stride + d) : Vec<T>{};
+      transpose_square<T>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(to.data + (d + i) * to.stride + r, x[i]);
+    }
+}
+
+// One row in another type, zeros up to the padded length.
+template <class S, class T>
+void widen(const S* from, int64_t n, T* to) {
+  constexpr int W = kLanes<T>;
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store(to + j, load(from + j));
+  if (j < n) {
+    S rest[W] = {};
+    std::memcpy(rest, from + j, (n - j) * sizeof(S));
+    store(to + j, load(rest));
+  }
+}
+
+template <class T, class S>
+void narrow(const T* from, int64_t n, S* to) {
+  constexpr int W = kLanes<T>;
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store(to + j, load(from + j));
+  if (j < n) {
+    S rest[W];
+    store(rest, load(from + j));
+    std::memcpy(to + j, rest, (n - j) * sizeof(S));
+  }
+}
+
+// Half types are computed in float.
+template <class S>
+struct ComputeType {
+  using type = S;
+};
+template <>
+struct ComputeType<BFloat16> {
+  using type = float;
+};
+template <>
+struct ComputeType<Half> {
+  using type = float;
+};
+
+}  // namespace
+}  // namespace edt
