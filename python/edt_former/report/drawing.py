@@ -95,9 +95,11 @@ def as_drawn(molecule: Molecule | Chem.Mol | str) -> Chem.Mol:
     """The RDKit molecule that is drawn, its atoms in the order of `molecule`.
 
     Raises:
-        ValueError: the SMILES cannot be read.
+        ValueError: the SMILES cannot be read, or is not known.
     """
     if isinstance(molecule, Molecule):
+        if not molecule.smiles:
+            raise ValueError("molecule must have a SMILES to be drawn, got graph data without one")
         return rdkit_mol(molecule)
     if isinstance(molecule, Chem.Mol):
         return Chem.Mol(molecule)

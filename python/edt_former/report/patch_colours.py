@@ -13,9 +13,9 @@ PALETTE = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#B
 def patch_colours(ids: Sequence[int], bonds: Iterable[tuple[int, int]]) -> dict[int, str]:
     """The colour of every patch, from `PALETTE`, by ascending id.
 
-    Patches differ that a bond joins or that hold consecutive atoms, unless one has neighbours in
-    all colours of the palette: seven colours suffice for molecules but not for every graph. While
-    there are as many colours as patches, every patch has its own.
+    Patches that a bond joins or that hold consecutive atoms differ, unless one has neighbours in
+    all colours of the palette (none of the molecules of `edt_former.tasks.heldout` comes to that).
+    While there are as many colours as patches, every patch has its own.
 
     Args:
         ids: the patch of every atom.
