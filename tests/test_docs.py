@@ -19,7 +19,9 @@ NEED_THE_SHIPPED_MODELS = {
     "edt_former",
     "edt_former.model",
     "edt_former.processor",
+    "edt_former.report",
     "edt_former.report.answers",
+    "edt_former.report.patches",
     "edt_former.shipped",
     "edt_former.tasks.evaluation",
 }

@@ -49,6 +49,19 @@ def test_the_model_layer_is_imported_when_it_is_used():
     assert {"rdkit", "transformers"} <= loaded_after("from edt_former import MoleculeLM")
 
 
+def test_matplotlib_is_imported_when_something_is_plotted():
+    imports = "import edt_former.report.sections; import edt_former.cli.demo"
+    assert "matplotlib" not in loaded_after(imports)
+    draw = """
+from edt_former.report import draw_patches, entropy_curve
+draw_patches("CCO", [0, 0, 1])
+import sys; assert "matplotlib" not in sys.modules
+entropy_curve("CCO", [1.0, 0.5, 1.0], [0, 0, 1])
+assert "matplotlib.pyplot" not in sys.modules  # no window system is asked for
+"""
+    assert "matplotlib" in loaded_after(draw)
+
+
 def test_names_of_the_model_layer():
     from edt_former.model import MoleculeLM
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edt_former.model import MoleculeLM
+from edt_former.language.frozen import load_part
+from edt_former.tokens import NextAtomPredictor
+
+if TYPE_CHECKING:
+    from edt_former.model import MoleculeLM
 
 
 def folder() -> Path:
@@ -40,10 +44,30 @@ def load(connector: str = "edt_former") -> MoleculeLM:
     >>> load().answer("c1ccccc1", "How many aromatic rings does the molecule have?")
     ['aromatic rings: 1']
     """
+    from edt_former.model import MoleculeLM
+
     known = connectors()
     if not known:
-        raise FileNotFoundError(f"the shipped models are not in {folder()}")
+        raise _missing()
     if connector not in known:
         names = ", ".join(map(repr, known))
         raise ValueError(f"connector must be one of {names}, got {connector!r}")
     return MoleculeLM.from_pretrained(folder() / connector)
+
+
+def predictor() -> NextAtomPredictor:
+    """The shipped next-atom predictor, read without transformers.
+
+    Raises:
+        FileNotFoundError: the package was installed without its models.
+
+    >>> predictor().positions
+    512
+    """
+    if not connectors():
+        raise _missing()
+    return load_part(NextAtomPredictor, folder() / "predictor").eval().requires_grad_(False)
+
+
+def _missing() -> FileNotFoundError:
+    return FileNotFoundError(f"the shipped models are not in {folder()}")

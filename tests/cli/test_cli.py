@@ -12,7 +12,6 @@ import subprocess
 import sys
 
 import pytest
-from transformers.utils import logging
 
 from edt_former import shipped
 from edt_former.cli import demo
@@ -28,44 +27,6 @@ BASELINES = (
     "majority of the size bin",
     "token count alone",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    """As of a process in which `main` comes before transformers."""
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
-
-
-@pytest.fixture
-def edt(capsys):
-    """Runs a command: (status, lines on stdout, lines on stderr)."""
-
-    def run(*arguments: str) -> tuple[int, list[str], list[str]]:
-        capsys.readouterr()
-        try:
-            status = main(list(map(str, arguments)))
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err.splitlines()
-
-    return run
-
-
-@pytest.fixture
-def fails(edt):
-    """Runs a command that must fail with one clear line, and returns it."""
-
-    def run(*arguments: str) -> str:
-        status, out, err = edt(*arguments)
-        assert status == 2
-        assert out == [] and len(err) == 1, (out, err)
-        assert err[0].startswith(f"edt {arguments[0]}: error: ")
-        return err[0].partition("error: ")[2]
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -256,7 +217,7 @@ class TestFile:
     def test_rows_that_cannot_be_read_are_told_and_counted(self, edt, molecules):
         status, out, err = edt("demo", molecules)
         assert (status, err) == (0, [])
-        assert out[-1] == "6 rows, 3 answered, 3 not answered"
+        assert out[-3] == "6 rows, 3 answered, 3 not answered"
         assert out[0].split()[:2] == ["molecule", "atoms"]
         assert [line.split()[0] for line in out[1:7]] == [
             "ethanol",
@@ -271,7 +232,7 @@ class TestFile:
     def test_all_rows_are_written_in_order(self, edt, molecules, tmp_path):
         out_file = tmp_path / "answers.csv"
         status, out, _ = edt("demo", molecules, "--out", out_file, "--rows", 2)
-        assert status == 0 and out[3] == "... and 4 more rows"
+        assert status == 0 and out[4].endswith("; 4 of them not shown")
         with out_file.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         assert [row["smiles"] for row in rows] == [
@@ -298,7 +259,7 @@ class TestFile:
             ("a.smi", "2 rows, 1 answered, 1 not answered"),
             ("b.smi.gz", "2 rows, 2 answered, 0 not answered"),
         ):
-            status, out, _ = edt("demo", tmp_path / name)
+            status, out, _ = edt("demo", tmp_path / name, "--no-report")
             assert status == 0 and out[-1] == last
 
     def test_a_missing_file(self, fails, tmp_path):
@@ -331,8 +292,30 @@ class TestFile:
         assert message in fails("demo", path)
 
     def test_an_output_that_cannot_be_written(self, fails, molecules, tmp_path):
-        assert "No such file" in fails("demo", molecules, "--out", tmp_path / "no" / "out.csv")
-        assert "directory" in fails("demo", molecules, "--out", tmp_path)
+        missing = tmp_path / "no" / "out"
+        for option in ("--out", "--report"):
+            message = f"{option} must be in a folder that exists, got {missing}"
+            assert fails("demo", molecules, option, missing) == message
+            message = f"{option} must be a file, got the folder {tmp_path}"
+            assert fails("demo", molecules, option, tmp_path) == message
+        message = f"--report must be a file of its own, got {molecules}"
+        assert fails("demo", molecules, "--report", molecules) == message
+        assert molecules.read_text() == FILE
+
+    def test_the_report_has_the_rows_that_are_shown(self, edt, molecules, tmp_path):
+        status, out, _ = edt("demo", molecules, "--rows", 3, "--report", tmp_path / "a.html")
+        assert status == 0 and out[-1] == f"report: {tmp_path / 'a.html'}"
+        text = (tmp_path / "a.html").read_text(encoding="utf-8")
+        answers, _, _ = text.partition("<h2>Patches</h2>")
+        assert answers.count('<th scope="row">') == 3
+        assert text.count("<img ") == 2 * 2 and "unclosed ring" in text
+        assert 'alt="ethanol, ' in text and 'alt="c1ccccc1, ' in text
+        assert list(tmp_path.glob("*.html")) == [tmp_path / "a.html"]
+
+    def test_a_static_connector_has_a_report_without_patches(self, edt, molecules, tmp_path):
+        status, _, _ = edt("demo", molecules, "--connector", "qformer_32")
+        text = (tmp_path / "edt_report.html").read_text(encoding="utf-8")
+        assert status == 0 and "<img " not in text and "<h2>Answers</h2>" in text
 
     def test_the_input_is_not_overwritten(self, fails, molecules):
         assert "--out must be another file" in fails("demo", molecules, "--out", molecules)
@@ -345,7 +328,7 @@ class TestFile:
 
 @pytest.mark.usefixtures("as_shipped")
 class TestDemo:
-    def test_drugs_accuracy_and_speed(self, edt, monkeypatch):
+    def test_drugs_accuracy_and_speed(self, edt, monkeypatch, tmp_path):
         size = {"width": 16, "layers": 1, "heads": 2, "ffn": 16, "cross_attention_freq": 1}
         monkeypatch.setattr(speed, "PUBLISHED", size)
         status, out, _ = edt("demo", "--sample", 3)
@@ -359,11 +342,24 @@ class TestDemo:
         assert len(speeds) == 3 and speeds[0].endswith("1.00")
         assert all(any(line.startswith(f"{who} ") for line in out) for who in BASELINES)
         steps = r"\d+ s: [\d.]+ loading, [\d.]+ eight drugs, [\d.]+ accuracy, [\d.]+ speed"
-        assert re.fullmatch(steps, out[-1])
+        assert re.fullmatch(steps, out[-3])
+
+        assert out[-1] == "report: edt_report.html"
+        page = (tmp_path / "edt_report.html").read_text(encoding="utf-8")
+        titles = re.findall("<h2>(.*?)</h2>", page)
+        assert titles == ["Answers", "Accuracy", "Speed", "Patches", "How it was measured"]
+        cards = re.findall("<h3>(.*?)</h3>", page)
+        assert cards == ["Molecules per second", *demo.DRUGS]
+        assert page.count("<img ") == 1 + 2 * len(demo.DRUGS)
+        # What is printed stands on the page, from the same results.
+        for line in speeds:
+            assert all(f">{cell}<" in page for cell in re.split(r"  +", line))
 
     def test_options_are_checked(self, fails, tmp_path):
         assert fails("demo", "--sample", 1) == "--sample must be at least 2, got 1"
         assert fails("demo", "--out", tmp_path / "x.csv") == "--out needs a FILE of molecules"
+        message = "--report must be in a folder that exists, got no/x.html"
+        assert fails("demo", "--report", "no/x.html") == message
 
 
 class TestTrain:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import sys
+import random
 import time
-from contextlib import ExitStack
-from itertools import chain, pairwise
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edt_former.cli.files import molecule_rows, writable, write_rows
+
+if TYPE_CHECKING:
+    from edt_former.model import MoleculeLM
+    from edt_former.report.answers import AnsweredRow
+    from edt_former.report.page import Section
+    from edt_former.report.speed import Speed
+    from edt_former.tasks.accuracy import Accuracy
 
 DRUGS = (
     "Aspirin",
@@ -22,6 +32,9 @@ DRUGS = (
 )
 ASKED = ("aromatic rings", "hydrogen-bond donors", "carboxylic acid", "logP", "polar surface area")
 SPEED_BATCH = 12
+ABOUT_DRUGS = (
+    "Eight drugs that no training step has seen; the prompt holds no SMILES, name or size."
+)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -31,7 +44,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="known drugs, accuracy and speed; or the molecules of a file",
         description="Ask the shipped model about eight known drugs, measure how often it is right "
         "on drugs that no training step has seen, and how fast the connector is. With a file "
-        "(.smi, .txt, .csv, .tsv, .gz), ask about its molecules.",
+        "(.smi, .txt, .csv, .tsv, .gz), ask about its molecules. Write an HTML page of it all.",
         epilog="example: edt demo molecules.csv --out answers.csv",
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="SMILES to ask about")
@@ -42,168 +55,146 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--sample", type=int, default=100, metavar="N", help="held-out drugs to ask about"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=20, help="rows of FILE to print")
+    parser.add_argument("--rows", type=int, default=20, help="rows of FILE to print and to draw")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write all rows of FILE")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        default=Path("edt_report.html"),
+        metavar="HTML",
+        help="the page with answers, pictures and figures (default: %(default)s)",
+    )
+    parser.add_argument("--no-report", action="store_true", help="write no page")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables."""
-    from edt_former.shipped import load
-
+    """Print the tables and write the page."""
     if args.sample < 2:
         raise ValueError(f"--sample must be at least 2, got {args.sample}")
-    if args.file is not None:
-        return _ask_about_file(args)
-    if args.out is not None:
+    if args.out is not None and args.file is None:
         raise ValueError("--out needs a FILE of molecules")
+    if not args.no_report:
+        writable("--report", args.report)
+        if args.report in (args.file, args.out):
+            raise ValueError(f"--report must be a file of its own, got {args.report}")
+    return _measure(args) if args.file is None else _ask_about_file(args)
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from edt_former.report.answers import answer_rows
+    from edt_former.report.sections import (
+        accuracy_section,
+        answers_section,
+        speed_card,
+        speed_section,
+    )
+    from edt_former.shipped import load
+    from edt_former.tasks.heldout import heldout_molecules
+
     clock = [time.perf_counter()]
+
+    def show(section: Section) -> Section:
+        print(section.as_text(), end="\n\n")
+        clock.append(time.perf_counter())
+        return section
+
     model = load(args.connector)
     clock.append(time.perf_counter())
-    for show in (_known_drugs, _accuracy, _speed):
-        show(model, args)
-        clock.append(time.perf_counter())
-    loading, drugs, accuracy, speed = (b - a for a, b in pairwise(clock))
+    listed = heldout_molecules()
+    smiles = dict(listed)
+    rows = list(answer_rows(model, [(name, smiles[name]) for name in DRUGS], ASKED))
+    answers = show(answers_section(rows, ASKED, ABOUT_DRUGS))
+    drawn = random.Random(args.seed).sample(listed, min(args.sample, len(listed)))
+    results = _accuracies(model, args.connector, [smiles for _, smiles in drawn])
+    accuracy = show(accuracy_section(results, count=len(drawn), listed=len(listed)))
+    speeds = _speeds(model, [smiles for _, smiles in listed[:SPEED_BATCH]])
+    speed = show(speed_section(speeds, molecules=SPEED_BATCH))
+    loading, drugs, asking, timing = (b - a for a, b in pairwise(clock))
     print(
-        f"\n{clock[-1] - clock[0]:.0f} s: {loading:.1f} loading, {drugs:.1f} eight drugs, "
-        f"{accuracy:.1f} accuracy, {speed:.1f} speed"
+        f"{clock[-1] - clock[0]:.0f} s: {loading:.1f} loading, {drugs:.1f} eight drugs, "
+        f"{asking:.1f} accuracy, {timing:.1f} speed"
     )
+    if not args.no_report:
+        speed = replace(speed, cards=[speed_card(speeds)])
+        facts = [("held-out drugs", f"sample of {len(drawn)}, seed {args.seed}")]
+        _write_page(
+            args, model, "What the shipped model can do", [answers, accuracy, speed], rows, facts
+        )
     return 0
 
 
-def _known_drugs(model, _: argparse.Namespace) -> None:
-    from edt_former.report.answers import answer_rows
-    from edt_former.report.speed import PUBLISHED_SLOTS
-    from edt_former.tasks.heldout import heldout_molecules
-    from edt_former.tasks.questions import FACT_BY_KEY
-
-    smiles = dict(heldout_molecules())
-    print("Eight drugs that no training step has seen; the prompt holds no SMILES, name or size.")
-    print(f"  tokens: what the molecule takes; in arXiv:2602.02742, {PUBLISHED_SLOTS} slots each")
-    for key in ASKED:
-        print(f"  {key}: {FACT_BY_KEY[key].phrasings[0]}")
-    print()
-    print(_answer_table(answer_rows(model, [(name, smiles[name]) for name in DRUGS], ASKED)))
-
-
-def _answer_table(rows) -> str:
-    from edt_former.report.speed import PUBLISHED_SLOTS
-    from edt_former.report.table import table
-
-    header = ["molecule", "atoms", "patches", f"tokens (not {PUBLISHED_SLOTS})", *ASKED]
-    lines = []
-    for row in rows:
-        if row.reason:
-            lines.append([row.name[:30], "-", "-", "-", row.reason[:60], *[""] * (len(ASKED) - 1)])
-        else:
-            marks = [_mark(row.answers[key], row.truth[key]) for key in ASKED]
-            lines.append([row.name[:30], row.atoms, row.patches, row.tokens, *marks])
-    return table(header, lines)
-
-
-def _mark(answer: str, truth: str) -> str:
-    return f"{answer} ✓" if answer == truth.lower() else f"{answer} ✗ {truth}"
-
-
-def _accuracy(model, args: argparse.Namespace) -> None:
-    import random
-
+def _accuracies(
+    model: MoleculeLM, connector: str, smiles: Sequence[str]
+) -> dict[str, dict[str, Accuracy]]:
     import numpy as np
 
     from edt_former.chem import read_molecules
-    from edt_former.report.table import table
     from edt_former.shipped import manifest
     from edt_former.tasks.accuracy import Guesses
     from edt_former.tasks.evaluation import compare
-    from edt_former.tasks.heldout import heldout_molecules
-    from edt_former.tasks.questions import FACTS, QUESTION_TYPES, answer_ids
+    from edt_former.tasks.questions import answer_ids
 
-    listed = heldout_molecules()
-    count = min(args.sample, len(listed))
-    drawn = random.Random(args.seed).sample(listed, count)
-    molecules = read_molecules([smiles for _, smiles in drawn])
+    molecules = read_molecules(smiles)
     truth = np.stack([answer_ids(molecule) for molecule in molecules])
     results = compare(model, molecules, truth, Guesses.from_json(manifest()["guesses"]))
-    results = {f"{args.connector}, frozen language model": results.pop("model"), **results}
-    print(
-        f"\nRight answers on {count} of {len(listed)} held-out drugs, {len(FACTS)} questions each, "
-        f"mean over {len(QUESTION_TYPES)} types of question [95 % interval]:\n"
-    )
-    print(table(["who answers", "right"], [(n, r["macro"]) for n, r in results.items()]))
-    ours, *others = results.values()
-    print()
-    rows = [
-        (kind, ours[kind], f"{max(other[kind].value for other in others):.3f}")
-        for kind in QUESTION_TYPES
-    ]
-    print(table(["type of question", "right", "best baseline"], rows))
+    return {f"{connector}, frozen language model": results.pop("model"), **results}
 
 
-def _speed(model, _: argparse.Namespace) -> None:
+def _speeds(model: MoleculeLM, smiles: Sequence[str]) -> list[Speed]:
     from edt_former.chem import read_molecules
     from edt_former.graph import GraphBatch
     from edt_former.report.speed import connector_speed
-    from edt_former.report.table import table
-    from edt_former.tasks.heldout import heldout_molecules
 
-    drugs = read_molecules([smiles for _, smiles in heldout_molecules()[:SPEED_BATCH]])
-    graph = GraphBatch.pack(drugs)
+    graph = GraphBatch.pack(read_molecules(smiles))
     _, patches = model.predictor.patches(graph.elements, graph.offsets)
-    speeds = connector_speed(graph.offsets, {"entropy": patches.trim()})
-    print(
-        f"\nConnector of published size (12 layers, width 768, random weights, fp32) on "
-        f"{len(drugs)} drugs, interleaved, medians:\n"
-    )
-    rows = [
-        (
-            s.name,
-            f"{s.molecules:.1f}",
-            f"{s.queries:.0f}",
-            f"{1000 * s.seconds:.0f}",
-            f"{s.ratio:.2f}",
-        )
-        for s in speeds
-    ]
-    header = ["connector", "molecules/s", "query tokens/s", "ms", "time over ours (paired)"]
-    print(table(header, rows))
+    return connector_speed(graph.offsets, {"entropy": patches.trim()})
 
 
 def _ask_about_file(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from edt_former.chem import read_file
     from edt_former.report.answers import answer_rows
+    from edt_former.report.sections import answers_section
+    from edt_former.report.table import table
     from edt_former.shipped import load
 
-    molecules = read_file(args.file)
-    if args.out is not None and args.out.resolve() == args.file.resolve():
-        raise ValueError(f"--out must be another file than the one that is read, got {args.out}")
-    # Before --out is opened: what it holds outlives a FILE that cannot be read.
-    first = next(molecules, None)
-    if first is None:
-        raise ValueError(f"{args.file} has no rows")
+    molecules = molecule_rows(args.file, args.out)
     model = load(args.connector)
-    shown, reasons, total = [], [], 0
-    with ExitStack() as stack:
-        writer = None
-        if args.out is not None:
-            file = stack.enter_context(args.out.open("w", newline="", encoding="utf-8"))
-            writer = csv.writer(file)
-            writer.writerow(["name", "smiles", "reason", "atoms", "patches", "tokens", *ASKED])
-        rows = answer_rows(model, chain([first], molecules), ASKED)
-        for row in tqdm(rows, desc="molecules", unit="mol", disable=not sys.stderr.isatty()):
-            total += 1
-            if row.reason:
-                reasons.append(row.reason)
-            if len(shown) < args.rows:
-                shown.append(row)
-            if writer is not None:
-                answers = [row.answers[key] for key in ASKED] if row.answers else [""] * len(ASKED)
-                size = [row.atoms, row.patches, row.tokens] if row.answers else [""] * 3
-                writer.writerow([row.name, row.smiles, row.reason, *size, *answers])
-    if total == len(reasons):
-        raise ValueError(f"{args.file} has no valid molecule in {total} rows: {reasons[0]}")
-    print(_answer_table(shown))
-    if total > len(shown):
-        print(f"... and {total - len(shown)} more rows")
-    print(f"\n{total} rows, {total - len(reasons)} answered, {len(reasons)} not answered")
+    rows = answer_rows(model, molecules, ASKED)
+    header = ["name", "smiles", "reason", "atoms", "patches", "tokens", *ASKED]
+    tally = write_rows(args.file, rows, args.out, header, _cells, keep=args.rows)
+    section = answers_section(tally.shown, ASKED, tally.summary("answered"))
+    print(table(*section.tables[0]))
+    print(f"\n{section.text}")
+    if not args.no_report:
+        _write_page(args, model, f"Answers about {args.file.name}", [section], tally.shown, [])
     return 0
+
+
+def _cells(row: AnsweredRow) -> list[object]:
+    """A line of the CSV."""
+    if row.answers is None:
+        return [row.name, row.smiles, row.reason, *[""] * (3 + len(ASKED))]
+    size = [row.atoms, row.patches, row.tokens]
+    return [row.name, row.smiles, row.reason, *size, *(row.answers[key] for key in ASKED)]
+
+
+def _write_page(
+    args: argparse.Namespace,
+    model: MoleculeLM,
+    title: str,
+    sections: Sequence[Section],
+    rows: Sequence[AnsweredRow],
+    facts: Sequence[tuple[str, object]],
+) -> None:
+    """The sections, pictures of the rows, and how it came about."""
+    from edt_former.report.page import page
+    from edt_former.report.patches import patch_rows
+    from edt_former.report.sections import circumstances_section, patches_section
+
+    sections, options = list(sections), model.processor.patch_options
+    if "entropy" in options.sources:
+        options = replace(options, sources=("entropy",))
+        drawn = [(row.name, row.smiles) for row in rows if not row.reason]
+        sections.append(patches_section(patch_rows(drawn, model.processor.predictor, options)))
+    sections.append(circumstances_section([("connector", args.connector), *facts]))
+    args.report.write_text(page(title, sections), encoding="utf-8")
+    print(f"\nreport: {args.report}")
