@@ -223,7 +223,7 @@ def test_encoder_tokens_that_are_all_hidden_are_no_tokens():
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
 @pytest.mark.usefixtures("no_stock_path")
 def test_gradient_checkpointing(reentrant):
-    model = qformer("InstructBlip", **{name: 0.3 for name in NO_DROPOUT}).train()
+    model = qformer("InstructBlip", **dict.fromkeys(NO_DROPOUT, 0.3)).train()
     with accelerate_qformer(model):
         torch.manual_seed(3)
         expected, real, expected_grads = run(model, "queries, text and padded encoder")
@@ -263,7 +263,7 @@ def test_dropout_is_seeded_by_torch_and_off_in_eval():
 def test_dropout_has_the_mean_of_the_stock_one():
     # With one layer and values read linearly, the mean over masks is the output without them.
     model = qformer("Blip2", num_hidden_layers=1, attention_probs_dropout_prob=0.4).train()
-    arguments, real, _ = inputs(model, "text alone")
+    arguments, _, _ = inputs(model, "text alone")
     read = []
     model.encoder.layer[0].attention.output.dense.register_forward_hook(
         lambda module, args, out: read.append(args[0].detach())
@@ -311,7 +311,7 @@ def test_restored_after_an_error_and_by_the_outermost_handle():
 
 
 def test_what_is_no_stock_qformer_is_an_error():
-    with pytest.raises(ValueError, match="must contain a Q-Former .* got a Linear without one"):
+    with pytest.raises(ValueError, match=r"must contain a Q-Former .* got a Linear without one"):
         accelerate_qformer(nn.Linear(1, 1))
     model = qformer("Blip2")
     model.encoder.forward = lambda *args, **kwargs: None
@@ -465,7 +465,7 @@ def test_compiles_with_a_break():
     compiled = torch.compile(model, backend="aot_eager", dynamic=True)
     with accelerate_qformer(model), torch.no_grad():
         for case in ("queries, text and padded encoder", "holes"):
-            arguments, real, _ = inputs(model, case, torch.float32)
+            arguments, _, _ = inputs(model, case, torch.float32)
             expected = model(**arguments).last_hidden_state
             torch.testing.assert_close(compiled(**arguments).last_hidden_state, expected)
 
