@@ -8,7 +8,8 @@ batch.
 
 from importlib.metadata import version
 
-from edt_kernels import _native, nn
+from edt_kernels import _native
+from edt_kernels import nn as nn
 from edt_kernels._native import build_info
 from edt_kernels.borders import (
     from_nested,
@@ -40,7 +41,6 @@ __all__ = [
     "find_patches",
     "from_nested",
     "linear_entropy",
-    "nn",
     "offsets_from_batch",
     "offsets_from_lengths",
     "pad",

@@ -14,7 +14,7 @@ class SegmentPool(nn.Module):
     """One vector per segment: mean, sum, max, min, or an average with learned weights.
 
     "attention" is sum_i a_i x_i with a = softmax over the segment of gate(x_i), gate a learned
-    linear map to one number: the gated pooling of graph networks (arXiv:1511.05493).
+    linear map to one number: attention pooling (arXiv:1802.04712) with a linear score.
 
     Args:
         reduce: "mean", "sum", "max", "min" or "attention".

@@ -217,7 +217,11 @@ def test_encoder_tokens_that_are_all_hidden_are_no_tokens():
     with accelerate_qformer(model), accelerate_qformer(silent):
         found = model(**arguments).last_hidden_state[1]
         expected = silent(**arguments).last_hidden_state[1]
+        del arguments["encoder_attention_mask"]
+        arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"][:, :0]
+        none = model(**arguments).last_hidden_state[1]
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(none, expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])

@@ -197,9 +197,11 @@ def forward(
             **kwargs,
         )
     together = _Packing(real)
-    queries, query_offsets = _pack(hidden_states[:, :query_length], real[:, :query_length])
-    text, text_offsets = _pack(hidden_states[:, query_length:], real[:, query_length:])
-    encoder, encoder_offsets = None, None
+    queries, query_offsets, text, text_offsets, encoder, encoder_offsets = [None] * 6
+    if query_length > 0:
+        queries, query_offsets = _pack(hidden_states[:, :query_length], real[:, :query_length])
+    if query_length < hidden_states.shape[1]:
+        text, text_offsets = _pack(hidden_states[:, query_length:], real[:, query_length:])
     if seen is not None:
         encoder, encoder_offsets = _pack(encoder_hidden_states, seen)
     offsets = _Offsets(query_offsets, text_offsets, together.offsets, encoder_offsets)
@@ -266,10 +268,8 @@ def _cat(queries: Tensor | None, text: Tensor | None, offsets: _Offsets) -> Tens
     return edt_kernels.ragged_cat([queries, text], [offsets.queries, offsets.text])[0]
 
 
-def _pack(padded: Tensor, real: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The real rows of [B, S, D] and their offsets, or None where S is 0."""
-    if padded.shape[1] == 0:
-        return None, None
+def _pack(padded: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The real rows of [B, S, D], and their offsets."""
     packing = _Packing(real)
     return packing.pack(padded), packing.offsets
 
@@ -295,7 +295,7 @@ def _real(mask: object, x: Tensor) -> Tensor:
 
 def _seen(mask: object, states: Tensor | None, batch: int) -> Tensor:
     """Which encoder states the queries see."""
-    if states is None:
+    if not isinstance(states, Tensor):
         raise _NotPacked("no encoder_hidden_states")
     if len(states) != batch:
         raise _NotPacked("encoder_hidden_states of another batch size than the queries")
