@@ -8,6 +8,7 @@ molecule the same bits alone or in any batch.
 from importlib.metadata import version
 
 from edt_kernels import _native
+from edt_kernels import nn as nn
 from edt_kernels._native import build_info
 from edt_kernels.borders import (
     from_nested,

@@ -149,6 +149,26 @@ def test_gradients_pass_through_nested():
     assert values.grad[offsets[-1] :].eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (2, 0)], ids=str)
+def test_nested_with_empty_molecules(lengths, dtype):
+    values, offsets = batch(lengths)
+    nested = to_nested(values, offsets.to(dtype))
+    assert nested.shape[0] == len(lengths)
+    back, back_offsets = from_nested(nested)
+    assert torch.equal(back, values[: sum(lengths)])
+    assert torch.equal(back_offsets, offsets.to(dtype))
+
+
+def test_gradients_reach_the_parts_of_a_nested_tensor():
+    parts = [torch.randn(n, 2, requires_grad=True) for n in LENGTHS]
+    values, offsets = from_nested(torch.nested.as_nested_tensor(parts, layout=torch.jagged))
+    assert offsets.tolist() == [0, 3, 3, 4, 9]
+    (values * torch.arange(9.0).unsqueeze(1)).sum().backward()
+    grads = torch.cat([part.grad for part in parts])
+    assert torch.equal(grads, torch.arange(9.0).unsqueeze(1).expand(9, 2))
+
+
 def test_from_nested_names_what_it_cannot_take():
     with pytest.raises(TypeError, match=r"layout torch.jagged, got torch.strided"):
         from_nested(torch.ones(2))

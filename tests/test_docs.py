@@ -10,6 +10,7 @@ import pkgutil
 import pytest
 
 import edt_former
+import edt_former.compat
 import edt_kernels
 from edt_former import shipped
 from edt_former.connectors import connector
@@ -25,6 +26,7 @@ NEED_THE_SHIPPED_MODELS = {
     "edt_former.shipped",
     "edt_former.tasks.evaluation",
 }
+NEED_AN_EXTRA = {"edt_former.compat.pyg": "torch_geometric"}
 
 
 def modules() -> list[str]:
@@ -41,6 +43,9 @@ def test_examples(name, monkeypatch):
     monkeypatch.setattr("edt_former.connectors.connector._CONNECTORS", dict(connector._CONNECTORS))
     if name in NEED_THE_SHIPPED_MODELS and not shipped.connectors():
         pytest.skip("the trained models are not in this checkout")
+    if name in NEED_AN_EXTRA:
+        extra = NEED_AN_EXTRA[name]
+        pytest.importorskip(extra, reason=f"{name} needs {extra}, which is not installed")
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
 
@@ -53,7 +58,12 @@ def test_every_public_function_has_an_example(name):
         assert ">>> " in documented
 
 
+@pytest.mark.parametrize("name", edt_kernels.nn.__all__)
+def test_every_module_has_an_example(name):
+    assert ">>> " in inspect.getdoc(getattr(edt_kernels.nn, name))
+
+
 def test_public_names_are_sorted_and_there():
-    for package in (edt_kernels, edt_former):
+    for package in (edt_kernels, edt_kernels.nn, edt_former, edt_former.compat):
         assert package.__all__ == sorted(package.__all__)
         assert all(hasattr(package, name) for name in package.__all__)

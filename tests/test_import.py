@@ -62,6 +62,16 @@ assert "matplotlib.pyplot" not in sys.modules  # no window system is asked for
     assert "matplotlib" in loaded_after(draw)
 
 
+def test_torch_geometric_is_optional():
+    hide = "import sys; sys.modules['torch_geometric'] = None\n"
+    used = "import edt_former.compat, edt_former.processor\n"
+    result = python(hide + used + "import edt_former.compat.pyg")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == (
+        "ImportError: edt_former.compat.pyg needs torch_geometric: pip install 'edt-kernels[pyg]'"
+    )
+
+
 def test_names_of_the_model_layer():
     from edt_former.model import MoleculeLM
 

@@ -159,8 +159,9 @@ class _RaggedAttentionGeneral(torch.autograd.Function):
             inputs = (*inputs, *ctx.options)
             grads = (grad, grad_lse, grad_scores)
             return composite_backward(reference_general, inputs, grads)
-        causal, scale, dropout_p, _ = ctx.options
+        causal, scale, dropout_p, return_scores = ctx.options
         grad = q.new_zeros(q.shape) if grad is None else grad
+        grad_scores = grad_scores if return_scores else None  # compiled code gives one all the same
         dq, dk, dv, dbias = _general_bwd(
             *(grad, grad_lse, grad_scores, q, k, v, bias, seed, lse),
             *(q_offsets, k_offsets, causal, scale, dropout_p),

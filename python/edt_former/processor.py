@@ -24,6 +24,7 @@ from edt_former.chem import (
     Invalid,
     Molecule,
     brics_fragments,
+    check_graph_data,
     read_molecule,
     read_selfies,
 )
@@ -154,11 +155,15 @@ def read_all(sources: Sequence[Any], *, selfies: bool = False) -> list[Molecule]
 def _graph_data(data: Any) -> Molecule | Invalid:
     """A molecule in the order of its data; its SMILES stays empty."""
     x, index, bonds = (np.asarray(a) for a in (data.x, data.edge_index, data.edge_attr))
-    if x.ndim != 2 or x.shape[1] != 9 or bonds.ndim != 2 or bonds.shape[1] != 3:
-        return Invalid(
-            repr(data), f"x must be [n, 9] and edge_attr [E, 3], got {x.shape}, {bonds.shape}"
-        )
-    order = np.lexsort((index[0], index[1]))
+    several = getattr(data, "ptr", None)
+    if several is not None and len(several) != 2:
+        reason = f"graph data must hold one molecule, got a batch of {len(several) - 1}"
+        return Invalid(repr(data), reason)
+    try:
+        check_graph_data(x, index, bonds)
+    except ValueError as error:
+        return Invalid(repr(data), str(error))
+    order = np.lexsort(index)
     return Molecule(
         smiles="",
         atom_features=x.astype(np.int64),

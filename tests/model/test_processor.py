@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rdkit import Chem
@@ -113,9 +114,27 @@ def test_graph_data_without_smiles_has_no_brics_patches(make_processor):
     assert torch.equal(same["input_ids"][0], same["input_ids"][1])
     with pytest.raises(ValueError, match="BRICS patches need a molecule's SMILES"):
         make_processor("edt_former_brics")("<mol>", data)
-    bad = SimpleNamespace(**{**vars(data), "x": ethanol.atom_features[:, :2]})
-    with pytest.raises(ValueError, match=r"x must be \[n, 9\]"):
-        make_processor()("<mol>", bad)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"x": np.zeros((3, 2), int)}, r"x must have shape \[n, 9\], got \(3, 2\)"),
+        ({"x": np.full((3, 9), 9)}, "x must hold values from 0 to 3 in column 1, got 9 for atom 0"),
+        ({"edge_index": np.array([[0, 1, 1, 2], [1, 0, 0, 1]])}, r"got \(1, 0\) twice"),
+        ({"edge_attr": None}, r"edge_attr must have shape \[n, 3\], got \(\)"),
+        ({"ptr": torch.tensor([0, 1, 3])}, "must hold one molecule, got a batch of 2"),
+    ],
+)
+def test_graph_data_that_cannot_be_right_is_refused(make_processor, changed, reason):
+    ethanol = read_molecule("OCC")
+    good = {
+        "x": ethanol.atom_features,
+        "edge_index": ethanol.bond_index,
+        "edge_attr": ethanol.bond_features,
+    }
+    with pytest.raises(ValueError, match=f"molecule 0 .*{reason}"):
+        make_processor()("<mol>", SimpleNamespace(**good | changed))
 
 
 def test_answers_are_labels_and_rows_are_padded_on_the_right(make_processor):

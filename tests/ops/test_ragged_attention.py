@@ -477,6 +477,18 @@ def test_compiles_once_for_changing_sizes(with_bias):
     assert frames[0] == frames[1]
 
 
+def test_compiled_dropout_has_the_same_gradients():
+    tensors, offsets = batch(dtype=torch.float32)
+
+    def dropped(tensors, offsets):
+        seed = torch.tensor([5])
+        return (ragged_attention(*tensors, *offsets, dropout_p=0.3, seed=seed),)
+
+    compiled = torch.compile(dropped, fullgraph=True, dynamic=True, backend="aot_eager")
+    found = with_grads(compiled, tensors, offsets)
+    assert all(map(torch.equal, found, with_grads(dropped, tensors, offsets)))
+
+
 def change(**replaced):
     """A call with good arguments but those replaced."""
     (q, k, v), (q_offsets, k_offsets) = batch(((2, 1), (1, 3)), (2, 2, 4), dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from edt_former.chem.features import ATOM_FEATURE_SIZES, BOND_FEATURE_SIZES, FEATURES_ID
 from edt_former.chem.fragments import FUNCTIONAL_GROUPS, brics_fragments, functional_groups
+from edt_former.chem.graph_data import check_graph_data
 from edt_former.chem.molecule import (
     MAX_ATOMS,
     Invalid,
@@ -22,6 +23,7 @@ __all__ = [
     "Invalid",
     "Molecule",
     "brics_fragments",
+    "check_graph_data",
     "functional_groups",
     "rdkit_mol",
     "read_file",
