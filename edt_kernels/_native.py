@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ISA_NAMES = ("scalar", "avx2", "avx512")
+ISA_NAMES = ("scalar", "avx2", "avx512", "amx")
 loaded = False
 _failure: str | None = None
 _library: ctypes.CDLL | None = None

@@ -1,10 +1,11 @@
 // Instruction sets: each kernel file is compiled once per level (EDT_ISA names the level and its
-// namespace) and gives a table of function pointers; the level is chosen once, at run time.
+// namespace) and gives a table of function pointers; the level is chosen once, at run time. AMX
+// adds kernels of its own (*.amx.cpp) to those of AVX-512.
 #pragma once
 
 namespace edt {
 
-enum class Isa { scalar, avx2, avx512 };
+enum class Isa { scalar, avx2, avx512, amx };
 
 // The best level of this machine, or the one that EDT_CPU_ISA names.
 Isa active_isa();
@@ -25,7 +26,7 @@ Isa active_isa();
   extern const TYPE TABLE;                                                   \
   }                                                                          \
   inline const TYPE& TABLE() {                                               \
-    static const TYPE& active = active_isa() == Isa::avx512 ? avx512::TABLE  \
+    static const TYPE& active = active_isa() >= Isa::avx512 ? avx512::TABLE  \
                                 : active_isa() == Isa::avx2 ? avx2::TABLE    \
                                                             : scalar::TABLE; \
     return active;                                                           \

@@ -26,8 +26,12 @@ Tensor readable(const Tensor& x) {
 
 AttentionRows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 
-const AttentionKernels& kernels_for(ScalarType dtype) {
+const AttentionKernels& kernels_for(ScalarType dtype, bool pairs) {
   const AttentionTable& table = attention_kernels();
+#ifdef EDT_X86
+  if (dtype == ScalarType::BFloat16 && !pairs && active_isa() == Isa::amx)
+    return amx::attention_bfloat16;
+#endif
   if (dtype == ScalarType::Float) return table.float32;
   if (dtype == ScalarType::BFloat16) return table.bfloat16;
   if (dtype == ScalarType::Half) return table.float16;
@@ -81,6 +85,7 @@ class Batch {
   void run(const AttentionKernels& kernels, AttentionKernels::Kernel kernel, const Attention& x,
            int64_t element, std::initializer_list<AttentionRows> q_operands) const {
     torch::stable::parallel_for(0, start_.back(), kGrain, [&](int64_t begin, int64_t end) {
+      if (kernels.begin_thread) kernels.begin_thread();
       auto next = std::upper_bound(start_.begin(), start_.end(), begin) - start_.begin() - 1;
       for (size_t i = next; i + 1 < q_.size() && start_[i] < end; ++i) {
         const AttentionMolecule m = molecule(i);
@@ -97,6 +102,7 @@ class Batch {
           kernel(x, m, heads, thread_scratch(kernels.scratch_bytes(x, m, heads)));
         }
       }
+      if (kernels.end_thread) kernels.end_thread();
     });
   }
 
@@ -178,7 +184,7 @@ std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor
                                             Tensor k_offsets, bool causal,
                                             std::optional<double> scale) {
   check_inputs(q, k, v);
-  const AttentionKernels& kernels = kernels_for(q.scalar_type());
+  const AttentionKernels& kernels = kernels_for(q.scalar_type(), false);
   const Batch batch(q, k, q_offsets, k_offsets, 1);
   q = readable(q), k = readable(k), v = readable(v);
   const Tensor out = allocate_like(q);
@@ -197,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_general(
     Tensor q_offsets, Tensor k_offsets, bool causal, std::optional<double> scale, double dropout_p,
     bool return_scores) {
   check_inputs(q, k, v);
-  const AttentionKernels& kernels = kernels_for(q.scalar_type());
+  const AttentionKernels& kernels = kernels_for(q.scalar_type(), true);
   const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k));
   q = readable(q), k = readable(k), v = readable(v);
   if (bias) bias = dense_pairs(*bias, q, batch);
@@ -226,14 +232,10 @@ void check_rows(const Tensor& x, ScalarType dtype, int64_t dims, const Tensor& q
 }
 
 // What both backwards share: `kernel` with everything but the pairs described.
-std::tuple<Tensor, Tensor, Tensor> run_backward(Tensor grad, std::optional<Tensor> grad_lse,
-                                                Tensor q, Tensor k, Tensor v, Tensor lse,
-                                                bool causal, std::optional<double> scale,
-                                                const Batch& batch,
-                                                AttentionKernels::Kernel AttentionKernels::* kernel,
-                                                const AttentionPairs& pairs,
-                                                const AttentionDropout& dropout) {
-  const AttentionKernels& kernels = kernels_for(q.scalar_type());
+std::tuple<Tensor, Tensor, Tensor> run_backward(
+    Tensor grad, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor lse,
+    bool causal, std::optional<double> scale, const Batch& batch, const AttentionKernels& kernels,
+    AttentionKernels::Kernel kernel, const AttentionPairs& pairs, const AttentionDropout& dropout) {
   check_rows(grad, q.scalar_type(), 3, q);
   check_rows(lse, lse_dtype(q.scalar_type()), 2, q);
   if (grad_lse) check_rows(*grad_lse, lse_dtype(q.scalar_type()), 2, q);
@@ -247,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(Tensor grad, std::optional<Tenso
   x.grad_lse = grad_lse ? grad_lse->data_ptr() : nullptr;
   x.pairs = pairs;
   x.dropout = dropout;
-  batch.run(kernels, kernels.*kernel, x, q.element_size(), {x.q, x.grad});
+  batch.run(kernels, kernel, x, q.element_size(), {x.q, x.grad});
   zero_tail(dq, batch.queries());
   zero_tail(dk, batch.keys());
   zero_tail(dv, batch.keys());
@@ -260,8 +262,9 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(Tensor grad, std::option
                                                         bool causal, std::optional<double> scale) {
   check_inputs(q, k, v);
   const Batch batch(q, k, q_offsets, k_offsets, 1);
-  return run_backward(grad, grad_lse, q, k, v, lse, causal, scale, batch,
-                      &AttentionKernels::backward, {}, {});
+  const AttentionKernels& kernels = kernels_for(q.scalar_type(), false);
+  return run_backward(grad, grad_lse, q, k, v, lse, causal, scale, batch, kernels, kernels.backward,
+                      {}, {});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_general_bwd(
@@ -282,9 +285,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_general_bwd(
     grad_scores = dense_pairs(*grad_scores, q, batch);
     pairs.grad_scores = grad_scores->data_ptr();
   }
+  const AttentionKernels& kernels = kernels_for(q.scalar_type(), true);
   const auto found =
-      run_backward(grad, grad_lse, q, k, v, lse, causal, scale, batch,
-                   &AttentionKernels::backward_pairs, pairs, dropout_of(dropout_p, seed, batch));
+      run_backward(grad, grad_lse, q, k, v, lse, causal, scale, batch, kernels,
+                   kernels.backward_pairs, pairs, dropout_of(dropout_p, seed, batch));
   return std::tuple_cat(found, std::make_tuple(dbias));
 }
 

@@ -60,6 +60,9 @@ struct AttentionKernels {
   Kernel forward, backward;
   // The same with pairs and dropout.
   Kernel forward_pairs, backward_pairs;
+  // Around the calls of one thread, or null: processor state that they need.
+  void (*begin_thread)() = nullptr;
+  void (*end_thread)() = nullptr;
 };
 
 struct AttentionTable {
@@ -67,5 +70,11 @@ struct AttentionTable {
 };
 
 EDT_KERNEL_TABLE(AttentionTable, attention_kernels)
+
+#ifdef EDT_X86
+namespace amx {
+extern const AttentionKernels attention_bfloat16;  // no pairs, no dropout
+}
+#endif
 
 }  // namespace edt
