@@ -146,6 +146,30 @@ EDT_INLINE void transpose_square(Vec<T> (&x)[kLanes<T>]) {
   }
 }
 
+// Lane i of the result is x[i] reduced over its lanes, by the same tree for every i.
+template <class T, class F>
+EDT_INLINE Vec<T> reduce_each(Vec<T> (&x)[kLanes<T>], F combine) {
+  using Lanes = std::make_integer_sequence<int, kLanes<T>>;
+#pragma GCC unroll 4
+  for (int n = kLanes<T> / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+      x[i] = combine(interleave_low(x[i], x[i + n], Lanes{}),
+                     interleave_high(x[i], x[i + n], Lanes{}));
+  return x[0];
+}
+
+template <class T>
+EDT_INLINE Vec<T> max_each(Vec<T> (&x)[kLanes<T>]) {
+  return reduce_each<T>(
+      x, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return max(a, b); });
+}
+
+template <class T>
+EDT_INLINE Vec<T> sum_each(Vec<T> (&x)[kLanes<T>]) {
+  return reduce_each<T>(x, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; });
+}
+
 // to [dim, padded rows] = from^T, zeros beyond `rows`: a NaN there would reach the row sums.
 template <class T>
 void transpose(Matrix<T> from, int64_t rows, int64_t dim, Matrix<T> to) {

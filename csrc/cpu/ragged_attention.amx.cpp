@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 #include "amx.h"
 #include "matrix.h"
@@ -35,13 +36,6 @@ struct Rows {
     const int64_t left = dim - d;
     const __mmask32 mask = left >= kStep ? ~0u : (1u << left) - 1;
     return _mm512_maskz_loadu_epi16(mask, data + i * stride + d);
-  }
-
-  // A: rows and columns beyond are zeros.
-  void pack(BFloat16* to, int64_t rows, int64_t width) const {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t d = 0; d < width; d += kStep)
-        _mm512_storeu_si512(to + i * width + d, step(i, d));
   }
 };
 
@@ -124,190 +118,268 @@ void write(const float* from, int64_t width, const float* factors, const Rows& t
 
 struct Sizes {
   int64_t width, keys, queries;  // whole steps
+  int64_t kv_heads, heads;       // of the call
 
-  Sizes(const Attention& x, const AttentionMolecule& m)
+  Sizes(const Attention& x, const AttentionMolecule& m, const AttentionHeads& of)
       : width(whole(x.dim, kStep)),
         keys(whole(m.keys, kStep)),
-        queries(whole(m.queries < kQueryBlock ? m.queries : kQueryBlock, kStep)) {}
+        queries(whole(m.queries < kQueryBlock ? m.queries : kQueryBlock, kStep)),
+        kv_heads(of.end - of.begin),
+        heads(kv_heads * (x.heads / x.kv_heads)) {}
+};
+
+// Memory that each head of a call has its own part of.
+template <class T>
+struct PerHead {
+  T* data;
+  int64_t stride;
+
+  T* operator[](int64_t head) const { return data + head * stride; }
 };
 
 struct Scratch {
-  BFloat16 *q, *grad, *k, *v, *p, *ds, *p_t, *ds_t;
-  uint32_t *q_pairs, *grad_pairs, *k_pairs, *v_pairs, *k_columns, *v_columns;
-  float *s, *dp, *rows, *dk, *dv;
+  PerHead<BFloat16> q, grad, k, v, p, ds, p_t, ds_t;
+  PerHead<uint32_t> q_pairs, grad_pairs, k_pairs, v_pairs, k_columns, v_columns;
+  PerHead<float> s, dp, rows, inverse, dk, dv;
   char* end;
 
-  Scratch(void* memory, const Attention& x, const AttentionMolecule& m) {
+  Scratch(void* memory, const Attention& x, const AttentionMolecule& m, const Sizes& n,
+          bool backward) {
     end = static_cast<char*>(memory);
-    const Sizes n(x, m);
-    for (BFloat16** block : {&q, &grad}) take(block, n.queries * n.width);
-    for (BFloat16** block : {&k, &v}) take(block, n.keys * n.width);
-    for (BFloat16** block : {&p, &ds, &p_t, &ds_t}) take(block, n.queries * n.keys);
-    for (uint32_t** block : {&q_pairs, &grad_pairs}) take(block, n.queries * n.width / 2);
-    for (uint32_t** block : {&k_pairs, &v_pairs, &k_columns, &v_columns})
-      take(block, n.keys * n.width / 2);
-    for (float** block : {&s, &dp}) take(block, n.queries * n.keys);
-    take(&rows, n.queries * n.width);
-    for (float** block : {&dk, &dv}) take(block, n.keys * n.width);
+    const int64_t of_queries = n.queries * n.width, of_keys = n.keys * n.width;
+    const int64_t pairs = n.queries * n.keys;
+    take(n.heads, {&q}, of_queries);
+    take(n.kv_heads, {&k, &v}, of_keys);
+    take(n.kv_heads, {&k_columns}, of_keys / 2);
+    take(n.heads, {&p}, pairs);
+    take(n.heads, {&s}, pairs);
+    take(n.heads, {&rows}, of_queries);
+    take(n.heads, {&inverse}, kQueryBlock);
+    if (!backward) {
+      take(n.kv_heads, {&v_pairs}, of_keys / 2);
+      return;
+    }
+    take(n.heads, {&grad}, of_queries);
+    take(n.heads, {&ds, &p_t, &ds_t}, pairs);
+    take(n.heads, {&q_pairs, &grad_pairs}, of_queries / 2);
+    take(n.kv_heads, {&k_pairs, &v_columns}, of_keys / 2);
+    take(n.heads, {&dp}, pairs);
+    take(n.kv_heads, {&dk, &dv}, of_keys);
   }
 
  private:
   template <class T>
-  void take(T** block, int64_t count) {
-    *block = reinterpret_cast<T*>(end);
-    end += whole(count * sizeof(T), 64);
+  void take(int64_t heads, std::initializer_list<PerHead<T>*> blocks, int64_t count) {
+    for (PerHead<T>* block : blocks) {
+      block->data = reinterpret_cast<T*>(end);
+      block->stride = whole(count * sizeof(T), 64) / sizeof(T);
+      end += heads * block->stride * sizeof(T);
+    }
   }
 };
 
-int64_t scratch_bytes(const Attention& x, const AttentionMolecule& m, const AttentionHeads&) {
-  return Scratch(nullptr, x, m).end - static_cast<char*>(nullptr);
+int64_t scratch_bytes(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads) {
+  const Sizes n(x, m, heads);
+  return Scratch(nullptr, x, m, n, x.dq.data).end - static_cast<char*>(nullptr);
 }
 
-EDT_INLINE int64_t visible(const Attention& x, const AttentionMolecule& m, int64_t i) {
-  if (!x.causal) return m.keys;
-  const int64_t n = i + 1 + m.keys - m.queries;
-  return n < 0 ? 0 : n < m.keys ? n : m.keys;
-}
-
-// P and 1 / sum(P) of `rows` queries from query `first` on, 0 where one sees no key; rows beyond
-// are zeros. Writes the lse.
-void softmax(const Attention& x, const AttentionMolecule& m, int64_t first_query, int64_t rows,
-             int64_t all_rows, int64_t head, float* s, int64_t keys, BFloat16* p, float* inverse) {
-  const float scale = static_cast<float>(x.scale);
-  float largest[kQueryBlock], totals[kQueryBlock] = {}, logs[kQueryBlock];
-  for (int64_t i = 0; i < rows; ++i) {
-    float* row = s + i * keys;
-    const int64_t seen = visible(x, m, first_query + i);
-    Vec<float> most = broadcast<float>(-INFINITY);
-    for (int64_t j = 0; j < keys; j += kTile) {
-      const Vec<float> logit = first<float>(load(row + j) * scale, seen - j, -INFINITY);
-      most = max(logit, most);
-      store(row + j, logit);
+// Packs rows of neighbouring heads, which lie side by side in memory: A, zeros beyond.
+void pack(const AttentionRows& from, int64_t begin, int64_t count, int64_t all_rows,
+          int64_t first_head, int64_t heads, int64_t dim, int64_t width,
+          const PerHead<BFloat16>& to) {
+  for (int64_t i = 0; i < all_rows; ++i)
+    for (int64_t h = 0; h < heads; ++h) {
+      const Rows rows(from, begin, count, first_head + h, dim);
+      for (int64_t d = 0; d < width; d += kStep)
+        _mm512_storeu_si512(to[h] + i * width + d, rows.step(i, d));
     }
-    const float peak = reduce_max<float>(most);
-    largest[i] = peak == -INFINITY ? 0 : peak;
+}
+
+// A block of queries of one molecule and one head.
+struct Block {
+  const Attention& x;
+  const AttentionMolecule& m;
+  int64_t first, rows, head, keys;  // `keys` are whole steps
+
+  // How many keys query i of the block sees.
+  EDT_INLINE int64_t visible(int64_t i) const {
+    if (!x.causal) return m.keys;
+    const int64_t n = first + i + 1 + m.keys - m.queries;
+    return n < 0 ? 0 : n < m.keys ? n : m.keys;
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    Vec<float> total{};
-    for (int64_t j = 0; j < keys; j += kTile) {
-      const Vec<float> weight = exp<float>(load(s + i * keys + j) - largest[i]);
-      total += weight;
-      store_half(p + i * keys + j, weight);
-    }
-    totals[i] = reduce_sum<float>(total);
-    inverse[i] = totals[i] == 0 ? 0 : 1 / totals[i];
-  }
-  std::memset(p + rows * keys, 0, (all_rows - rows) * keys * sizeof(BFloat16));
 
-  float* lse = static_cast<float*>(x.lse) + (m.q_begin + first_query) * x.heads + head;
-  for (int64_t i = 0; i < rows; i += kTile) store(logs + i, log<float>(load(totals + i)));
-  for (int64_t i = 0; i < rows; ++i)
-    lse[i * x.heads] = totals[i] == 0 ? -INFINITY : largest[i] + logs[i];
+  EDT_INLINE int64_t row(int64_t i) const { return (m.q_begin + first + i) * x.heads + head; }
+};
+
+// Lane j + lane of `x` for keys that query i sees, -inf for others.
+EDT_INLINE Vec<float> where_visible(Vec<float> x, int64_t seen, int64_t j) {
+  return seen - j >= kTile ? x : first<float>(x, seen - j, -INFINITY);
 }
 
-// P and scale dS of `rows` queries, from S (overwritten) and dP.
-void softmax_backward(const Attention& x, const AttentionMolecule& m, int64_t first_query,
-                      int64_t rows, int64_t all_rows, int64_t head, float* s, const float* dp,
-                      int64_t keys, BFloat16* p, BFloat16* ds) {
-  const float scale = static_cast<float>(x.scale);
-  for (int64_t i = 0; i < rows; ++i) {
-    float* weights = s + i * keys;
-    const int64_t seen = visible(x, m, first_query + i);
-    const int64_t entry = (m.q_begin + first_query + i) * x.heads + head;
-    const float saved = static_cast<const float*>(x.lse)[entry];
-    const float lse = saved == -INFINITY ? 0 : saved;
+// P and 1 / sum(P) of the queries, 0 where one sees no key; rows up to `all_rows` are zeros.
+// Writes the lse.
+void softmax(const Block& b, int64_t all_rows, const float* s, BFloat16* p, float* inverse) {
+  const float scale = static_cast<float>(b.x.scale);
+  float* lse = static_cast<float*>(b.x.lse);
+  for (int64_t i = 0; i < b.rows; i += kTile) {
+    const int64_t rows = b.rows - i < kTile ? b.rows - i : kTile;
+    Vec<float> vectors[kTile] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t seen = b.visible(i + r);
+      Vec<float> most = broadcast<float>(-INFINITY);
+      for (int64_t j = 0; j < b.keys; j += kTile)
+        most = max(where_visible(load(s + (i + r) * b.keys + j) * scale, seen, j), most);
+      vectors[r] = most;
+    }
+    // Not -inf for a query that sees no key: its weights are then e^-inf = 0.
+    const Vec<float> largest = max(max_each<float>(vectors), broadcast(-Float<float>::kLargest));
+    float shifts[kTile];
+    store(shifts, largest);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t seen = b.visible(i + r);
+      Vec<float> total{};
+      for (int64_t j = 0; j < b.keys; j += kTile) {
+        const Vec<float> logit = load(s + (i + r) * b.keys + j) * scale;
+        const Vec<float> weight = exp<float>(where_visible(logit, seen, j) - shifts[r]);
+        total += weight;
+        store_half(p + (i + r) * b.keys + j, weight);
+      }
+      vectors[r] = total;
+    }
+    const Vec<float> total = sum_each<float>(vectors);
+    const auto blind = total == 0;
+    store(inverse + i, blind ? Vec<float>{} : 1.0f / total);
+    float logs[kTile];
+    store(logs, blind ? broadcast<float>(-INFINITY)
+                      : largest + log<float>(blind ? broadcast(1.0f) : total));
+    for (int64_t r = 0; r < rows; ++r) lse[b.row(i + r)] = logs[r];
+  }
+  std::memset(p + b.rows * b.keys, 0, (all_rows - b.rows) * b.keys * sizeof(BFloat16));
+}
 
-    // The rounding of a large lse cancels in weight / sum(weight).
-    Vec<float> total{}, product{};
-    for (int64_t j = 0; j < keys; j += kTile) {
-      const Vec<float> logit = first<float>(load(weights + j) * scale, seen - j, -INFINITY);
-      const Vec<float> weight = exp<float>(logit - lse);
-      total += weight;
-      product = fma(weight, load(dp + i * keys + j), product);
-      store(weights + j, weight);
+// P and scale dS of the queries, from S (overwritten) and dP; rows up to `all_rows` are zeros.
+void softmax_backward(const Block& b, int64_t all_rows, float* s, const float* dp, BFloat16* p,
+                      BFloat16* ds) {
+  const float scale = static_cast<float>(b.x.scale);
+  const float* lse = static_cast<const float*>(b.x.lse);
+  const float* grad_lse = static_cast<const float*>(b.x.grad_lse);
+  for (int64_t i = 0; i < b.rows; i += kTile) {
+    const int64_t rows = b.rows - i < kTile ? b.rows - i : kTile;
+    Vec<float> totals[kTile] = {}, products[kTile] = {};
+    float grads[kTile] = {}, inverses[kTile], shifts[kTile];
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t seen = b.visible(i + r), at = (i + r) * b.keys;
+      const float saved = lse[b.row(i + r)], shift = saved == -INFINITY ? 0 : saved;
+      if (grad_lse) grads[r] = grad_lse[b.row(i + r)];
+      // The rounding of a large lse cancels in weight / sum(weight).
+      for (int64_t j = 0; j < b.keys; j += kTile) {
+        const Vec<float> logit = load(s + at + j) * scale;
+        const Vec<float> weight = exp<float>(where_visible(logit, seen, j) - shift);
+        totals[r] += weight;
+        products[r] = fma(weight, load(dp + at + j), products[r]);
+        store(s + at + j, weight);
+      }
     }
-    const float sum = reduce_sum<float>(total);
-    const float inverse = sum == 0 ? 0 : 1 / sum;
-    float shift = -reduce_sum<float>(product) * inverse;
-    if (x.grad_lse) shift += static_cast<const float*>(x.grad_lse)[entry];
-    for (int64_t j = 0; j < keys; j += kTile) {
-      const Vec<float> weight = load(weights + j) * inverse;
-      store_half(p + i * keys + j, weight);
-      store_half(ds + i * keys + j, weight * (load(dp + i * keys + j) + shift) * scale);
-    }
+    const Vec<float> total = sum_each<float>(totals), product = sum_each<float>(products);
+    const Vec<float> inverse = total == 0 ? Vec<float>{} : 1.0f / total;
+    store(inverses, inverse);
+    store(shifts, load(grads) - product * inverse);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < b.keys; j += kTile) {
+        const int64_t at = (i + r) * b.keys + j;
+        const Vec<float> weight = load(s + at) * inverses[r];
+        store_half(p + at, weight);
+        store_half(ds + at, weight * (load(dp + at) + shifts[r]) * scale);
+      }
   }
   for (BFloat16* rest : {p, ds})
-    std::memset(rest + rows * keys, 0, (all_rows - rows) * keys * sizeof(BFloat16));
+    std::memset(rest + b.rows * b.keys, 0, (all_rows - b.rows) * b.keys * sizeof(BFloat16));
 }
 
+// The heads of a call go through each step together: what one head has just stored, another one
+// need not wait for.
 void forward(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
              void* memory) {
-  const Scratch scratch(memory, x, m);
-  const Sizes n(x, m);
-  const int64_t group = x.heads / x.kv_heads;
-  for (int64_t kv_head = heads.begin; kv_head < heads.end; ++kv_head) {
-    Rows(x.k, m.k_begin, m.keys, kv_head, x.dim).pack(scratch.k, n.keys, n.width);
-    Rows(x.v, m.k_begin, m.keys, kv_head, x.dim).pack(scratch.v, n.keys, n.width);
-    pair_columns(scratch.k, n.keys, n.width, scratch.k_columns);
-    pair_rows(scratch.v, n.keys, n.width, scratch.v_pairs);
+  const Sizes n(x, m, heads);
+  const Scratch scratch(memory, x, m, n, false);
+  const int64_t group = x.heads / x.kv_heads, first_head = heads.begin * group;
+  pack(x.k, m.k_begin, m.keys, n.keys, heads.begin, n.kv_heads, x.dim, n.width, scratch.k);
+  pack(x.v, m.k_begin, m.keys, n.keys, heads.begin, n.kv_heads, x.dim, n.width, scratch.v);
+  for (int64_t h = 0; h < n.kv_heads; ++h) {
+    pair_columns(scratch.k[h], n.keys, n.width, scratch.k_columns[h]);
+    pair_rows(scratch.v[h], n.keys, n.width, scratch.v_pairs[h]);
+  }
 
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-      for (int64_t i = 0; i < m.queries; i += kQueryBlock) {
-        const int64_t rows = m.queries - i < kQueryBlock ? m.queries - i : kQueryBlock;
-        const int64_t all_rows = whole(rows, kTile), row = m.q_begin + i;
-        float inverse[kQueryBlock];
-        Rows(x.q, row, rows, head, x.dim).pack(scratch.q, all_rows, n.width);
-        multiply<false>(scratch.q, n.width, scratch.k_columns, scratch.s, n.keys, all_rows, n.keys,
-                        n.width);
-        softmax(x, m, i, rows, all_rows, head, scratch.s, n.keys, scratch.p, inverse);
-        multiply<false>(scratch.p, n.keys, scratch.v_pairs, scratch.rows, n.width, all_rows,
-                        n.width, n.keys);
-        write(scratch.rows, n.width, inverse, Rows(x.out, row, rows, head, x.dim));
-      }
+  for (int64_t i = 0; i < m.queries; i += kQueryBlock) {
+    const int64_t rows = m.queries - i < kQueryBlock ? m.queries - i : kQueryBlock;
+    const int64_t all_rows = whole(rows, kTile), row = m.q_begin + i;
+    pack(x.q, row, rows, all_rows, first_head, n.heads, x.dim, n.width, scratch.q);
+    for (int64_t h = 0; h < n.heads; ++h)
+      multiply<false>(scratch.q[h], n.width, scratch.k_columns[h / group], scratch.s[h], n.keys,
+                      all_rows, n.keys, n.width);
+    for (int64_t h = 0; h < n.heads; ++h)
+      softmax({x, m, i, rows, first_head + h, n.keys}, all_rows, scratch.s[h], scratch.p[h],
+              scratch.inverse[h]);
+    for (int64_t h = 0; h < n.heads; ++h)
+      multiply<false>(scratch.p[h], n.keys, scratch.v_pairs[h / group], scratch.rows[h], n.width,
+                      all_rows, n.width, n.keys);
+    for (int64_t h = 0; h < n.heads; ++h)
+      write(scratch.rows[h], n.width, scratch.inverse[h],
+            Rows(x.out, row, rows, first_head + h, x.dim));
   }
 }
 
 void backward(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
               void* memory) {
-  const Scratch scratch(memory, x, m);
-  const Sizes n(x, m);
-  const int64_t group = x.heads / x.kv_heads;
-  for (int64_t kv_head = heads.begin; kv_head < heads.end; ++kv_head) {
-    Rows(x.k, m.k_begin, m.keys, kv_head, x.dim).pack(scratch.k, n.keys, n.width);
-    Rows(x.v, m.k_begin, m.keys, kv_head, x.dim).pack(scratch.v, n.keys, n.width);
-    pair_columns(scratch.k, n.keys, n.width, scratch.k_columns);
-    pair_columns(scratch.v, n.keys, n.width, scratch.v_columns);
-    pair_rows(scratch.k, n.keys, n.width, scratch.k_pairs);
-    for (float* sums : {scratch.dk, scratch.dv})
+  const Sizes n(x, m, heads);
+  const Scratch scratch(memory, x, m, n, true);
+  const int64_t group = x.heads / x.kv_heads, first_head = heads.begin * group;
+  pack(x.k, m.k_begin, m.keys, n.keys, heads.begin, n.kv_heads, x.dim, n.width, scratch.k);
+  pack(x.v, m.k_begin, m.keys, n.keys, heads.begin, n.kv_heads, x.dim, n.width, scratch.v);
+  for (int64_t h = 0; h < n.kv_heads; ++h) {
+    pair_columns(scratch.k[h], n.keys, n.width, scratch.k_columns[h]);
+    pair_columns(scratch.v[h], n.keys, n.width, scratch.v_columns[h]);
+    pair_rows(scratch.k[h], n.keys, n.width, scratch.k_pairs[h]);
+    for (float* sums : {scratch.dk[h], scratch.dv[h]})
       std::memset(sums, 0, n.keys * n.width * sizeof(float));
+  }
 
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-      for (int64_t i = 0; i < m.queries; i += kQueryBlock) {
-        const int64_t rows = m.queries - i < kQueryBlock ? m.queries - i : kQueryBlock;
-        const int64_t all_rows = whole(rows, kStep), row = m.q_begin + i;
-        Rows(x.q, row, rows, head, x.dim).pack(scratch.q, all_rows, n.width);
-        Rows(x.grad, row, rows, head, x.dim).pack(scratch.grad, all_rows, n.width);
-        multiply<false>(scratch.q, n.width, scratch.k_columns, scratch.s, n.keys, all_rows, n.keys,
-                        n.width);
-        multiply<false>(scratch.grad, n.width, scratch.v_columns, scratch.dp, n.keys, all_rows,
-                        n.keys, n.width);
-        softmax_backward(x, m, i, rows, all_rows, head, scratch.s, scratch.dp, n.keys, scratch.p,
-                         scratch.ds);
-
-        transpose_rows(scratch.p, all_rows, n.keys, scratch.p_t);
-        transpose_rows(scratch.ds, all_rows, n.keys, scratch.ds_t);
-        pair_rows(scratch.q, all_rows, n.width, scratch.q_pairs);
-        pair_rows(scratch.grad, all_rows, n.width, scratch.grad_pairs);
-        multiply<true>(scratch.p_t, all_rows, scratch.grad_pairs, scratch.dv, n.width, n.keys,
-                       n.width, all_rows);
-        multiply<true>(scratch.ds_t, all_rows, scratch.q_pairs, scratch.dk, n.width, n.keys,
-                       n.width, all_rows);
-        multiply<false>(scratch.ds, n.keys, scratch.k_pairs, scratch.rows, n.width, all_rows,
-                        n.width, n.keys);
-        write(scratch.rows, n.width, nullptr, Rows(x.dq, row, rows, head, x.dim));
-      }
-    write(scratch.dk, n.width, nullptr, Rows(x.dk, m.k_begin, m.keys, kv_head, x.dim));
-    write(scratch.dv, n.width, nullptr, Rows(x.dv, m.k_begin, m.keys, kv_head, x.dim));
+  for (int64_t i = 0; i < m.queries; i += kQueryBlock) {
+    const int64_t rows = m.queries - i < kQueryBlock ? m.queries - i : kQueryBlock;
+    const int64_t all_rows = whole(rows, kStep), row = m.q_begin + i;
+    pack(x.q, row, rows, all_rows, first_head, n.heads, x.dim, n.width, scratch.q);
+    pack(x.grad, row, rows, all_rows, first_head, n.heads, x.dim, n.width, scratch.grad);
+    for (int64_t h = 0; h < n.heads; ++h) {
+      multiply<false>(scratch.q[h], n.width, scratch.k_columns[h / group], scratch.s[h], n.keys,
+                      all_rows, n.keys, n.width);
+      multiply<false>(scratch.grad[h], n.width, scratch.v_columns[h / group], scratch.dp[h], n.keys,
+                      all_rows, n.keys, n.width);
+    }
+    for (int64_t h = 0; h < n.heads; ++h)
+      softmax_backward({x, m, i, rows, first_head + h, n.keys}, all_rows, scratch.s[h],
+                       scratch.dp[h], scratch.p[h], scratch.ds[h]);
+    for (int64_t h = 0; h < n.heads; ++h) {
+      transpose_rows(scratch.p[h], all_rows, n.keys, scratch.p_t[h]);
+      transpose_rows(scratch.ds[h], all_rows, n.keys, scratch.ds_t[h]);
+      pair_rows(scratch.q[h], all_rows, n.width, scratch.q_pairs[h]);
+      pair_rows(scratch.grad[h], all_rows, n.width, scratch.grad_pairs[h]);
+    }
+    for (int64_t h = 0; h < n.heads; ++h) {
+      const int64_t kv = h / group;
+      multiply<true>(scratch.p_t[h], all_rows, scratch.grad_pairs[h], scratch.dv[kv], n.width,
+                     n.keys, n.width, all_rows);
+      multiply<true>(scratch.ds_t[h], all_rows, scratch.q_pairs[h], scratch.dk[kv], n.width, n.keys,
+                     n.width, all_rows);
+      multiply<false>(scratch.ds[h], n.keys, scratch.k_pairs[kv], scratch.rows[h], n.width,
+                      all_rows, n.width, n.keys);
+    }
+    for (int64_t h = 0; h < n.heads; ++h)
+      write(scratch.rows[h], n.width, nullptr, Rows(x.dq, row, rows, first_head + h, x.dim));
+  }
+  for (int64_t h = 0; h < n.kv_heads; ++h) {
+    const int64_t head = heads.begin + h;
+    write(scratch.dk[h], n.width, nullptr, Rows(x.dk, m.k_begin, m.keys, head, x.dim));
+    write(scratch.dv[h], n.width, nullptr, Rows(x.dv, m.k_begin, m.keys, head, x.dim));
   }
 }
 
@@ -316,7 +388,7 @@ void backward(const Attention& x, const AttentionMolecule& m, const AttentionHea
 namespace amx {
 
 extern const AttentionKernels attention_bfloat16 = {
-    scratch_bytes, forward, backward, nullptr, nullptr, configure_tiles, release_tiles};
+    scratch_bytes, forward, backward, nullptr, nullptr, 4, configure_tiles, release_tiles};
 
 }  // namespace amx
 }  // namespace edt

@@ -157,10 +157,12 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 }
 
 // Pairs of all heads of a task are read together, and they should fill a cache line.
-int64_t heads_per_task(const Tensor& q, const Tensor& k) {
-  constexpr int64_t kLine = 16;
+constexpr int64_t kHeadsOfPairs = 16;
+
+// Key heads of a task that has `wanted` query heads or more.
+int64_t heads_per_task(const Tensor& q, const Tensor& k, int64_t wanted) {
   const int64_t group = q.size(1) / k.size(1);
-  return std::min((kLine + group - 1) / group, k.size(1));
+  return std::min((wanted + group - 1) / group, k.size(1));
 }
 
 Tensor dense_pairs(const Tensor& x, const Tensor& q, const Batch& batch) {
@@ -185,7 +187,7 @@ std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor
                                             std::optional<double> scale) {
   check_inputs(q, k, v);
   const AttentionKernels& kernels = kernels_for(q.scalar_type(), false);
-  const Batch batch(q, k, q_offsets, k_offsets, 1);
+  const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k, kernels.heads_per_call));
   q = readable(q), k = readable(k), v = readable(v);
   const Tensor out = allocate_like(q);
   const Tensor lse = allocate({q.size(0), q.size(1)}, lse_dtype(q.scalar_type()));
@@ -204,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_general(
     bool return_scores) {
   check_inputs(q, k, v);
   const AttentionKernels& kernels = kernels_for(q.scalar_type(), true);
-  const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k));
+  const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k, kHeadsOfPairs));
   q = readable(q), k = readable(k), v = readable(v);
   if (bias) bias = dense_pairs(*bias, q, batch);
   const Tensor out = allocate_like(q);
@@ -261,8 +263,8 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(Tensor grad, std::option
                                                         Tensor q_offsets, Tensor k_offsets,
                                                         bool causal, std::optional<double> scale) {
   check_inputs(q, k, v);
-  const Batch batch(q, k, q_offsets, k_offsets, 1);
   const AttentionKernels& kernels = kernels_for(q.scalar_type(), false);
+  const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k, kernels.heads_per_call));
   return run_backward(grad, grad_lse, q, k, v, lse, causal, scale, batch, kernels, kernels.backward,
                       {}, {});
 }
@@ -273,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_general_bwd(
     Tensor q_offsets, Tensor k_offsets, bool causal, std::optional<double> scale,
     double dropout_p) {
   check_inputs(q, k, v);
-  const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k));
+  const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k, kHeadsOfPairs));
   AttentionPairs pairs{};
   Tensor dbias = allocate({bias ? bias->size(0) : 0, q.size(1)}, q.scalar_type());
   if (bias) {

@@ -60,6 +60,8 @@ struct AttentionKernels {
   Kernel forward, backward;
   // The same with pairs and dropout.
   Kernel forward_pairs, backward_pairs;
+  // Query heads that one call of forward or backward should have.
+  int64_t heads_per_call = 1;
   // Around the calls of one thread, or null: processor state that they need.
   void (*begin_thread)() = nullptr;
   void (*end_thread)() = nullptr;
