@@ -1,17 +1,21 @@
 """The README's Python examples run as printed, a small language model in the place of yours."""
 
+import doctest
 import re
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import edt_kernels
 from edt_former import shipped
 from edt_former.tasks.questions import FACTS
 from edt_former.train.tiny.vocabulary import build_tokenizer
+from edt_kernels import build_info
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SESSIONS = re.findall(r"```pycon\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +44,15 @@ def test_block_runs(block, causal_lm, tmp_path, monkeypatch):
     if "model.answer(" in block:
         asked = re.search(r"^model\.answer\(.*\)$", block, flags=re.MULTILINE).group()
         assert repr(eval(asked, names)) in block
+
+
+@pytest.mark.parametrize("number", range(len(SESSIONS)))
+def test_session_gives_what_it_shows(number):
+    test = doctest.DocTestParser().get_doctest(SESSIONS[number], {}, f"session {number}", None, 0)
+    assert test.examples and doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_every_op_is_shown():
+    shown = "".join(SESSIONS)
+    ops = [name for name in edt_kernels.__all__ if name in build_info()["ops"]]
+    assert len(ops) > 8 and all(f"ek.{name}(" in shown for name in ops)
