@@ -4,8 +4,10 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 #include "../check.h"
 #include "poison.h"
@@ -38,6 +40,19 @@ inline Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 }
 
 inline Tensor allocate_like(const Tensor& x) { return allocate(x.sizes(), x.scalar_type()); }
+
+// Offsets [B + 1] of a dtype that holds offsets.
+inline Tensor make_offsets(const std::vector<int64_t>& from, ScalarType dtype) {
+  const Tensor out = allocate({static_cast<int64_t>(from.size())}, dtype);
+  if (dtype == ScalarType::Int) {
+    STD_TORCH_CHECK(from.back() <= INT32_MAX, "offsets must be int64 to count ", from.back(),
+                    " rows, got int32");
+    std::copy(from.begin(), from.end(), static_cast<int32_t*>(out.data_ptr()));
+  } else {
+    std::copy(from.begin(), from.end(), static_cast<int64_t*>(out.data_ptr()));
+  }
+  return out;
+}
 
 inline Tensor dense(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
