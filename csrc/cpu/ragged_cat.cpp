@@ -18,6 +18,7 @@ Joined joined(const Offsets& offsets, const std::vector<int64_t>& rows) {
   std::vector<Joined::Part> parts(rows.size());
   int64_t molecules = -1;
   for (size_t k = 0; k < rows.size(); ++k) {
+    STD_TORCH_CHECK(rows[k] >= 0, "ragged_cat: rows");
     parts[k].rows = rows[k];
     if (!offsets[k]) continue;
     parts[k].offsets = read_offsets(*offsets[k], rows[k]);

@@ -38,7 +38,7 @@ def insert(
     if rows is None:
         rows = torch.searchsorted(embed_offsets[:-1], at, right=True) - 1
     index = torch.arange(embed_offsets.shape[0], device=rows.device)
-    groups_before = torch.searchsorted(rows, index)
+    groups_before = torch.searchsorted(rows.contiguous(), index)
     offsets = embed_offsets + token_offsets.index_select(0, groups_before)
 
     ids = segment_ids(offsets, capacity)
@@ -97,7 +97,7 @@ def _places(
     """Where every text embedding [T] and every token [M] goes; T + M for tails."""
     nowhere = rows + tokens
     text = torch.arange(rows, device=at.device)
-    before = torch.searchsorted(at, text, right=True)  # groups
+    before = torch.searchsorted(at.contiguous(), text, right=True)  # groups
     shift = token_offsets.long().index_select(0, before)
     text = (text + shift).masked_fill(text >= embed_offsets[-1], nowhere)
 
