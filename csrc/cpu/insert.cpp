@@ -19,7 +19,7 @@ const int64_t* integers(const Tensor& x, int64_t count, const char* name) {
   return static_cast<const int64_t*>(x.data_ptr());
 }
 
-// Group g is the g-th piece's end: text up to at[g], then its tokens; the last piece is text alone.
+// Piece g is the text up to at[g], then group g; the last piece is text alone.
 Joined pieces(const std::vector<int64_t>& text, std::vector<int64_t> groups, const int64_t* at,
               int64_t rows, int64_t tokens) {
   const auto count = static_cast<int64_t>(groups.size());
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> insert(
     const Tensor& token_offsets, const Tensor& given_at, const std::optional<Tensor>& given_rows,
     const std::optional<Tensor>& given_labels) {
   const ScalarType dtype = given_embeds.scalar_type();
-  float_index(dtype);
+  float_index(dtype);  // refuses others
   const bool alike = given_embeds.dim() == 2 && given_tokens.dim() == 2 &&
                      given_tokens.scalar_type() == dtype &&
                      given_embeds.size(1) == given_tokens.size(1);

@@ -48,7 +48,7 @@ int64_t row_size(const Tensor& x) {
 std::tuple<Tensor, Tensor> ragged_cat(std::vector<Tensor> parts, const Offsets& offsets) {
   STD_TORCH_CHECK(!parts.empty() && parts[0].dim() > 0, "ragged_cat: parts");
   const ScalarType dtype = parts[0].scalar_type();
-  float_index(dtype);
+  float_index(dtype);  // refuses others
   std::vector<int64_t> rows;
   std::vector<const char*> data;
   for (Tensor& part : parts) {
@@ -70,19 +70,14 @@ std::tuple<Tensor, Tensor> ragged_cat(std::vector<Tensor> parts, const Offsets& 
 // The sum over molecules of the rows of part k: L rows in a run are one long row.
 void sum_molecules(const Joined& whole, size_t k, const Tensor& grad, const Tensor& out) {
   const int64_t width = row_size(grad), total = whole.parts()[k].rows * width;
-  std::vector<const void*> runs(whole.molecules());
-  for (int64_t m = 0; m < whole.molecules(); ++m) {
-    int64_t place = whole.offsets()[m];
-    for (size_t before = 0; before < k; ++before) {
-      const auto& part = whole.parts()[before];
-      place += part.offsets.empty() ? part.rows : part.offsets[m + 1] - part.offsets[m];
-    }
-    runs[m] = at(grad, place * width);
-  }
+  std::vector<const void*> runs;
+  whole.for_runs(0, whole.rows(), [&](size_t part, int64_t, int64_t place, int64_t) {
+    if (part == k) runs.push_back(at(grad, place * width));
+  });
   const auto kernel = sum_rows_kernels().sum[float_index(grad.scalar_type())];
   const int64_t grain = copy_grain(whole.molecules() * static_cast<int64_t>(grad.element_size()));
   torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
-    kernel(runs.data(), whole.molecules(), begin, end, out.data_ptr());
+    kernel(runs.data(), static_cast<int64_t>(runs.size()), begin, end, out.data_ptr());
   });
 }
 

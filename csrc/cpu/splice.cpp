@@ -1,7 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -66,7 +65,7 @@ class Prompts {
         rows_(grid.rows),
         length_(grid.length),
         slots_(dense(slots)),
-        slot_(static_cast<const bool*>(slots_.data_ptr())) {
+        slot_(static_cast<const uint8_t*>(slots_.data_ptr())) {
     STD_TORCH_CHECK(static_cast<int64_t>(offsets_.size()) == rows_ + 1, "token_offsets: shape");
     STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Bool && grid.is_shape_of(slots), "slots");
     for (int64_t row = 0; row < rows_; ++row)
@@ -111,22 +110,22 @@ class Prompts {
   }
 
   int64_t count_slots(int64_t row, int64_t end) const {
-    const bool* first = slot_ + row * length_;
-    return std::count(first, first + end, true);
+    const uint8_t* first = slot_ + row * length_;
+    return std::count_if(first, first + end, [](uint8_t slot) { return slot != 0; });
   }
 
   std::vector<int64_t> offsets_;
   int64_t rows_, length_;
   Tensor slots_;
   std::optional<Tensor> ids_;
-  const bool* slot_;
+  const uint8_t* slot_;  // not 0 in a slot: a view of other bytes need not hold 1
   const int64_t* id_ = nullptr;
 };
 
 Tensor splice(const Tensor& embeds, Tensor tokens, const Tensor& token_offsets, const Tensor& slots,
               const std::optional<Tensor>& new_rows, const std::optional<Tensor>& new_ids) {
   const ScalarType dtype = embeds.scalar_type();
-  float_index(dtype);
+  float_index(dtype);  // refuses others
   const Grid grid(embeds);
   const auto rows_of = [&](const Tensor& x) {
     STD_TORCH_CHECK(x.scalar_type() == dtype && x.dim() == 2 && x.size(1) == grid.width,
@@ -180,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> splice_bwd(const Tensor& grad, const Tensor& 
                                               const std::optional<Tensor>& new_ids, int64_t tokens,
                                               int64_t added, const std::vector<bool>& wanted) {
   const ScalarType dtype = grad.scalar_type();
-  float_index(dtype);
+  float_index(dtype);  // refuses others
   const Grid grid(grad);
   const Prompts prompts(token_offsets, slots, new_ids, grid, tokens, added);
   STD_TORCH_CHECK(wanted.size() == 3 && added >= 0, "splice_bwd");
@@ -188,22 +187,24 @@ std::tuple<Tensor, Tensor, Tensor> splice_bwd(const Tensor& grad, const Tensor& 
   const Tensor token = wanted[1] ? allocate({tokens, grid.width}, dtype) : allocate({0}, dtype);
   const Tensor rows = wanted[2] ? allocate({added, grid.width}, dtype) : allocate({0}, dtype);
 
+  char* const to_embeds = wanted[0] ? at(embeds, 0) : nullptr;
+  char* const to_tokens = wanted[1] ? at(token, 0) : nullptr;
   torch::stable::parallel_for(
       0, prompts.positions(), copy_grain(grid.bytes), [&](int64_t begin, int64_t end) {
         prompts.for_runs(begin, end, [&](const Run& run) {
-          if (wanted[0]) {
-            char* to = at(embeds, 0) + (run.row * grid.length + run.column) * grid.bytes;
-            if (run.kind == Kind::text)
-              grid.copy(run.row, run.column, run.count, to);
-            else
-              clear_bytes(to, run.count * grid.bytes);
-          }
-          if (wanted[1] && run.kind == Kind::token)
-            grid.copy(run.row, run.column, run.count, at(token, run.source * grid.width));
+          const int64_t place = (run.row * grid.length + run.column) * grid.bytes;
+          if (to_embeds && run.kind == Kind::text)
+            grid.copy(run.row, run.column, run.count, to_embeds + place);
+          else if (to_embeds)
+            clear_bytes(to_embeds + place, run.count * grid.bytes);
+          if (to_tokens && run.kind == Kind::token)
+            grid.copy(run.row, run.column, run.count, to_tokens + run.source * grid.bytes);
         });
       });
-  if (wanted[1])
-    clear_bytes(at(token, prompts.tokens() * grid.width), (tokens - prompts.tokens()) * grid.bytes);
+  if (to_tokens) {
+    const int64_t used = prompts.tokens();
+    clear_bytes(to_tokens + used * grid.bytes, (tokens - used) * grid.bytes);
+  }
   if (wanted[2] && added > 0) sum_positions(prompts, grid, rows);
   return {embeds, token, rows};
 }

@@ -87,6 +87,15 @@ def test_without_new_rows():
     assert torch.equal(out[~slots], embeds[~slots])
 
 
+def test_the_kernel_takes_any_byte_but_0_for_a_slot(backend):
+    if backend == "reference":
+        pytest.skip("torch promises nothing for such booleans")
+    (embeds, tokens, _), (offsets, slots, _) = batch()
+    bytes_ = slots.to(torch.uint8) * 2
+    right = splice(embeds, tokens, offsets, slots)
+    assert torch.equal(splice(embeds, tokens, offsets, bytes_.view(torch.bool)), right)
+
+
 def test_packed_embeddings_are_one_row():
     (embeds, tokens, new_rows), (offsets, slots, new_ids) = batch()
     packed = splice(
