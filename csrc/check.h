@@ -14,6 +14,22 @@ namespace edt {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Where a float dtype stands in tables of kernels.
+inline int float_index(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return 0;
+    case ScalarType::Double:
+      return 1;
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Half:
+      return 3;
+    default:
+      STD_TORCH_CHECK(false, "dtype");
+  }
+}
+
 // The offsets [B + 1], widened to 64 bits: offsets[0] = 0, non-decreasing, none beyond `rows`.
 inline std::vector<int64_t> read_offsets(const Tensor& offsets, int64_t rows) {
   STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "offsets: shape");

@@ -22,6 +22,7 @@ from edt_kernels.borders import (
 from edt_kernels.ops.entropy import entropy
 from edt_kernels.ops.entropy_patches import entropy_patches
 from edt_kernels.ops.find_patches import Patches, find_patches
+from edt_kernels.ops.insert import Inserted, insert
 from edt_kernels.ops.linear_entropy import linear_entropy
 from edt_kernels.ops.ragged_attention import ragged_attention
 from edt_kernels.ops.ragged_cat import ragged_cat
@@ -33,12 +34,14 @@ _native.load()  # after the schemas: native code only adds implementations
 
 __version__ = version("edt-kernels")
 __all__ = [
+    "Inserted",
     "Patches",
     "build_info",
     "entropy",
     "entropy_patches",
     "find_patches",
     "from_nested",
+    "insert",
     "linear_entropy",
     "offsets_from_batch",
     "offsets_from_lengths",

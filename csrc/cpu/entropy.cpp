@@ -38,7 +38,7 @@ Tensor entropy_bwd(const Tensor& given_grad, const Tensor& given, const Tensor& 
 
   Tensor dlogits = allocate_like(logits);
   const int64_t used = offsets ? read_offsets(*offsets, rows).back() : rows;
-  const auto kernel = entropy_kernels().backward[entropy_dtype(logits.scalar_type())];
+  const auto kernel = entropy_kernels().backward[float_index(logits.scalar_type())];
   torch::stable::parallel_for(0, used, row_grain(v), [&](int64_t begin, int64_t end) {
     kernel(at(grad, begin), at(logits, begin * v), at(h, begin), at(top, begin),
            at(log_total, begin), end - begin, v, scale, at(dlogits, begin * v));

@@ -6,21 +6,6 @@
 
 namespace edt {
 
-inline int entropy_dtype(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return 0;
-    case ScalarType::Double:
-      return 1;
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Half:
-      return 3;
-    default:
-      STD_TORCH_CHECK(false, "logits: dtype");
-  }
-}
-
 inline ScalarType row_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -31,7 +16,7 @@ inline int64_t row_grain(int64_t v) { return 1 + 32768 / v; }
 // Entropies of the rows [begin, end) of contiguous logits [N, v].
 inline void entropy_rows(const Tensor& logits, int64_t v, double scale, int64_t begin, int64_t end,
                          const Tensor& h, const Tensor& top, const Tensor& log_total) {
-  entropy_kernels().forward[entropy_dtype(logits.scalar_type())](
+  entropy_kernels().forward[float_index(logits.scalar_type())](
       at(logits, begin * v), end - begin, v, scale, at(h, begin), at(top, begin),
       at(log_total, begin));
 }

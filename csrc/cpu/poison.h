@@ -10,7 +10,7 @@ namespace edt {
 inline bool poison_memory = false;
 
 inline void poison(void* memory, int64_t bytes) {
-  if (poison_memory) std::memset(memory, 0xff, bytes);
+  if (poison_memory && bytes > 0) std::memset(memory, 0xff, bytes);
 }
 
 }  // namespace edt

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import define, needs_grad, second_order
+from edt_kernels._library import define, kernel_checks, needs_grad, second_order
 from edt_kernels.reference.ragged_cat import ragged_cat_capacity
 
 
@@ -18,8 +18,13 @@ def _fake(parts: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> tuple[Te
     return parts[0].new_empty(rows, *parts[0].shape[1:]), joined
 
 
-def _fake_bwd(grad: Tensor, offsets: Sequence[Tensor | None], rows: Sequence[int]) -> list[Tensor]:
-    return [grad.new_empty(count, *grad.shape[1:]) for count in rows]
+def _fake_bwd(
+    grad: Tensor, offsets: Sequence[Tensor | None], rows: Sequence[int], wanted: Sequence[bool]
+) -> list[Tensor]:
+    return [
+        grad.new_empty(count, *grad.shape[1:]) if want else grad.new_empty(0)
+        for count, want in zip(rows, wanted, strict=True)
+    ]
 
 
 _ragged_cat = define(
@@ -28,7 +33,7 @@ _ragged_cat = define(
     fake=_fake,
 )
 _ragged_cat_bwd = define(
-    "ragged_cat_bwd(Tensor grad, Tensor?[] offsets, SymInt[] rows) -> Tensor[]",
+    "ragged_cat_bwd(Tensor grad, Tensor?[] offsets, SymInt[] rows, bool[] wanted) -> Tensor[]",
     reference=reference.ragged_cat_bwd,
     fake=_fake_bwd,
 )
@@ -47,7 +52,10 @@ class _RaggedCat(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _joined: Tensor | None) -> tuple[Tensor | None, ...]:
         bwd = reference.ragged_cat_bwd if second_order() else _ragged_cat_bwd
-        return None, *bwd(grad, ctx.saved_tensors, ctx.rows), *[None] * len(ctx.rows)
+        wanted = ctx.needs_input_grad[1 : 1 + len(ctx.rows)]
+        found = bwd(grad, ctx.saved_tensors, ctx.rows, wanted)
+        parts = (part if want else None for part, want in zip(found, wanted, strict=True))
+        return None, *parts, *[None] * len(wanted)
 
 
 def ragged_cat(parts: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -82,12 +90,14 @@ def ragged_cat(parts: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> tup
         (tensor([9., 1., 2., 9., 3.]), tensor([0, 3, 5]))
     """
     parts, offsets = tuple(parts), tuple(offsets)
-    _check_parts(parts, offsets)
+    if not (parts and kernel_checks(parts[0])):
+        _check_parts(parts, offsets)
     try:
         if needs_grad(*parts):
             return _RaggedCat.apply(len(parts), *parts, *offsets)
         return _ragged_cat(parts, offsets)
-    except RuntimeError:
+    except Exception:
+        _check_parts(parts, offsets)
         for k, (part, own) in enumerate(zip(parts, offsets, strict=True)):
             if own is not None:
                 _check.offsets_content(f"offsets[{k}]", own, part.shape[0])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import define, needs_grad, second_order
+from edt_kernels._library import define, kernel_checks, needs_grad, second_order
 
 
 def _fake(
@@ -122,13 +122,15 @@ def splice(
         tensor([[0., 1., 2.],
                 [3., 0., 0.]])
     """
-    _check_tokens(embeds, tokens, token_offsets, slots)
-    _check_new(embeds, new_rows, new_ids)
+    if not kernel_checks(embeds):
+        _check_tokens(embeds, tokens, token_offsets, slots)
+        _check_new(embeds, new_rows, new_ids)
     try:
-        if needs_grad(embeds, tokens, new_rows):
-            return _Splice.apply(embeds, tokens, token_offsets, slots, new_rows, new_ids)
-        return _splice(embeds, tokens, token_offsets, slots, new_rows, new_ids)
-    except RuntimeError:
+        apply = _Splice.apply if needs_grad(embeds, tokens, new_rows) else _splice
+        return apply(embeds, tokens, token_offsets, slots, new_rows, new_ids)
+    except Exception:
+        _check_tokens(embeds, tokens, token_offsets, slots)
+        _check_new(embeds, new_rows, new_ids)
         _check.offsets_content("token_offsets", token_offsets, tokens.shape[0])
         _slots_content(slots, token_offsets)
         if new_rows is not None and new_ids is not None:
@@ -136,7 +138,7 @@ def splice(
         raise
 
 
-def _check_tokens(embeds: Tensor, tokens: Tensor, token_offsets: Tensor, slots: Tensor) -> None:
+def _check_tokens(embeds: object, tokens: object, token_offsets: object, slots: object) -> None:
     _check.tensor("embeds", embeds)
     if embeds.dim() not in (2, 3):
         raise ValueError(f"embeds must have shape [B, S, E] or [T, E], got {tuple(embeds.shape)}")
@@ -153,7 +155,7 @@ def _check_tokens(embeds: Tensor, tokens: Tensor, token_offsets: Tensor, slots: 
     _per_position("slots", slots, embeds)
 
 
-def _check_new(embeds: Tensor, new_rows: Tensor | None, new_ids: Tensor | None) -> None:
+def _check_new(embeds: Tensor, new_rows: object, new_ids: object) -> None:
     if (new_rows is None) != (new_ids is None):
         missing = "new_rows" if new_rows is None else "new_ids"
         raise ValueError(f"new_rows and new_ids must come together, got {missing}=None")

@@ -3,6 +3,7 @@
 from edt_kernels.reference.entropy import entropy, entropy_bwd
 from edt_kernels.reference.entropy_patches import entropy_patches
 from edt_kernels.reference.find_patches import find_patches
+from edt_kernels.reference.insert import insert, insert_bwd
 from edt_kernels.reference.linear_entropy import linear_entropy, linear_entropy_bwd
 from edt_kernels.reference.ragged_cat import ragged_cat, ragged_cat_bwd
 from edt_kernels.reference.segment_pool import segment_pool, segment_pool_bwd
@@ -14,6 +15,8 @@ __all__ = [
     "entropy_bwd",
     "entropy_patches",
     "find_patches",
+    "insert",
+    "insert_bwd",
     "linear_entropy",
     "linear_entropy_bwd",
     "ragged_cat",

@@ -18,7 +18,8 @@ def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
 
 def segment_ids(offsets: Tensor, rows: int) -> Tensor:
     """The segment of every row [rows]; P, the number of segments, for rows of the tail."""
-    return torch.searchsorted(offsets, torch.arange(rows, device=offsets.device), right=True) - 1
+    index = torch.arange(rows, device=offsets.device)
+    return torch.searchsorted(offsets.contiguous(), index, right=True) - 1
 
 
 def take(per_segment: Tensor, ids: Tensor) -> Tensor:

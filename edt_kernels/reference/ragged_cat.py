@@ -26,16 +26,20 @@ def ragged_cat(parts: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> tup
 
 
 def ragged_cat_bwd(
-    grad: Tensor, offsets: Sequence[Tensor | None], rows: Sequence[int]
+    grad: Tensor, offsets: Sequence[Tensor | None], rows: Sequence[int], wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Gradient of every part; of a broadcast part the sum over molecules, in their order.
 
-    `rows` are the numbers of rows of the parts. Differentiable in `grad`.
+    `rows` are the numbers of rows of the parts. A gradient that is not `wanted` is [0].
+    Differentiable in `grad`.
     """
     places, _ = _places(rows, offsets)
     padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])
     found = []
-    for own, place, count in zip(offsets, places, rows, strict=True):
+    for own, place, count, want in zip(offsets, places, rows, wanted, strict=True):
+        if not want:
+            found.append(grad.new_empty(0))
+            continue
         part = padded.index_select(0, place.flatten())
         if own is None:
             row = torch.arange(count, device=grad.device).expand(place.shape).flatten()

@@ -5,12 +5,16 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 
-from edt_kernels import offsets_from_lengths, ragged_cat
+from edt_kernels import offsets_from_lengths, ragged_cat, reference, testing
 
+pytestmark = pytest.mark.usefixtures("backend")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = ((3, 0, 1, 5), (0, 2, 0, 4))  # of two ragged parts
 
 
@@ -51,14 +55,6 @@ def with_grads(function, parts, offsets) -> list[Tensor]:
     return [out.detach(), joined, *torch.autograd.grad(out, parts, g)]
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh allocations hold NaN: what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3)], ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_matches_a_loop_over_molecules(shape):
@@ -71,18 +67,18 @@ def test_matches_a_loop_over_molecules(shape):
     )
 
 
-def test_copies_are_exact_and_shared_gradients_within_twice_the_error_of_torch():
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_copies_are_exact_and_shared_gradients_within_twice_the_error_of_torch(dtype):
     lengths = ((500, 1) * 40, (0, 2) * 40)
-    parts, offsets = batch(lengths, (3,), dtype=torch.bfloat16)
+    parts, offsets = batch(lengths, (3,), dtype=dtype)
     ours = with_grads(ragged_cat, parts, offsets)
     peer = with_grads(oracle, parts, offsets)
     exact = with_grads(oracle, [part.double() for part in parts], offsets)
-    assert torch.equal(ours[0], peer[0])
-    slack = torch.finfo(torch.bfloat16).eps * exact[3].abs().max()
-    assert ours[3].dtype == torch.bfloat16
+    slack = torch.finfo(dtype).eps * exact[3].abs().max()
+    assert ours[3].dtype == dtype
     assert (ours[3] - exact[3]).abs().max() <= 2 * (peer[3] - exact[3]).abs().max() + slack
-    assert torch.equal(ours[2], peer[2])
-    assert torch.equal(ours[4], peer[4])
+    for k in (0, 2, 4):
+        assert torch.equal(ours[k], peer[k])
 
 
 def test_gradients_of_every_subset_of_parts():
@@ -120,7 +116,9 @@ def test_opcheck():
         rows = [len(part) for part in inputs]
         out = ragged_cat(inputs, offsets)[0]
         for grad in (out, out.t().contiguous().t()):
-            torch.library.opcheck(torch.ops.edt.ragged_cat_bwd.default, (grad, offsets, rows))
+            for wanted in ([True] * 3, [False, True, False]):
+                args = (grad, offsets, rows, wanted)
+                torch.library.opcheck(torch.ops.edt.ragged_cat_bwd.default, args)
 
 
 def test_compiles_once_for_all_sizes():
@@ -168,17 +166,51 @@ def test_a_molecule_has_the_same_bits_alone():
         assert torch.equal(alone_grads[2], grads[2][last])
 
 
-def test_the_number_of_threads_changes_no_bit():
-    lengths = ((5, 1) * 300, (0, 2) * 300)
-    parts, offsets = batch(lengths, (96,), anchors=16, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    found = []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        found.append(with_grads(ragged_cat, parts, offsets))
-    torch.set_num_threads(threads)
-    for one, two in zip(*found, strict=True):
-        assert torch.equal(one, two)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_threads_changes_no_bit(threads, dtype):
+    parts, offsets = batch(((5, 1) * 300, (0, 2) * 300), (96,), anchors=16, dtype=dtype)
+    threads(1)
+    alone = with_grads(ragged_cat, parts, offsets)
+    for count in (2, 3, 8):
+        threads(count)
+        for one, many in zip(alone, with_grads(ragged_cat, parts, offsets), strict=True):
+            assert torch.equal(one, many)
+
+
+@st.composite
+def batches(draw):
+    """Random parts and their offsets, at least one of which is not None."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.sampled_from([(), (1,), (3,), (0,), (16,), (5, 7), (300,)]))
+    molecules = draw(st.integers(0, 5))
+    kinds = draw(st.lists(st.booleans(), min_size=1, max_size=4).filter(any))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    parts, offsets = [], []
+    for ragged in kinds:
+        lengths = torch.randint(6, (molecules,), generator=g)
+        rows = draw(st.integers(0, 4)) + (int(lengths.sum()) if ragged else 0)
+        parts.append(torch.randn(rows, *shape, generator=g, dtype=torch.float64).to(dtype))
+        own = offsets_from_lengths(lengths)
+        offsets.append(
+            own.to(draw(st.sampled_from([torch.int32, torch.int64]))) if ragged else None
+        )
+    return parts, offsets
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches(), st.lists(st.booleans(), min_size=4, max_size=4))
+def test_any_batch_has_the_bits_of_the_reference(batch, wanted):
+    parts, offsets = batch
+    right, ends = reference.ragged_cat(parts, offsets)
+    g = torch.randn(right.shape, generator=torch.Generator().manual_seed(1)).to(right.dtype)
+    bwd_args = (g, offsets, [len(part) for part in parts], wanted[: len(parts)])
+    right_grads = reference.ragged_cat_bwd(*bwd_args)
+    with testing.poisoned():
+        out, joined = torch.ops.edt.ragged_cat(parts, offsets)
+        assert torch.equal(out, right)
+        assert joined.dtype == ends.dtype and torch.equal(joined, ends)
+        for grad, true in zip(torch.ops.edt.ragged_cat_bwd(*bwd_args), right_grads, strict=True):
+            assert grad.dtype == true.dtype and torch.equal(grad, true)
 
 
 def test_the_tail_is_left_out_and_filled_with_zeros():
@@ -234,6 +266,12 @@ def test_wrong_arguments_are_named():
     x, offsets = torch.ones(3, 2), torch.tensor([0, 3])
     cases = [
         ([x], [], ValueError, "one entry per part, got 0 for 1 parts"),
+        ([x.long()], [offsets], TypeError, r"parts\[0\] must be .*got int64"),
+        ([x[0, 0]], [offsets], ValueError, r"parts\[0\] must have shape \[N, ...\], got"),
+        ([x], [[0, 3]], TypeError, r"offsets\[0\] must be a tensor, got list"),
+        ([x], [offsets.float()], TypeError, r"offsets\[0\] must be int64 or int32"),
+        ([x], [offsets[:0]], ValueError, r"offsets\[0\] must have shape \[B \+ 1\]"),
+        ([x], [torch.tensor([0, 2, 1])], ValueError, r"offsets\[0\]\[2\] = 1 after 2"),
         ([x], [None], ValueError, "at least one entry that is not None"),
         ([], [], ValueError, "at least one entry that is not None"),
         ([x, x.double()], [offsets, None], TypeError, r"parts\[1\] must be torch.float32"),
@@ -251,6 +289,39 @@ def test_wrong_arguments_are_named():
     for parts, own, error, message in cases:
         with pytest.raises(error, match=message):
             ragged_cat(parts, own)
+
+
+def test_the_kernel_reads_nothing_out_of_bounds(backend):
+    if backend == "reference":
+        pytest.skip("a reference relies on the checks of torch")
+    parts, offsets = batch()
+    rows = [len(part) for part in parts]
+    grad = torch.ones(sum(rows) + 6, 4)
+    torch.ops.edt.ragged_cat_bwd(grad, offsets, rows, [True] * 3)
+    bad = [
+        (grad[:-1], offsets, rows, [True] * 3),
+        (grad[0, 0], offsets, rows, [True] * 3),
+        (grad, offsets[:2], rows, [True] * 3),
+        (grad, offsets, rows[:2], [True] * 3),
+        (grad[:9], offsets, [rows[0], -1, rows[2]], [True] * 3),
+        (grad, offsets, [rows[0] - 3, rows[1], rows[2] + 3], [True] * 3),
+        (grad, [None] * 3, rows, [True] * 3),
+        (grad, offsets, rows, [True] * 2),
+    ]
+    for args in bad:
+        with pytest.raises(RuntimeError):
+            torch.ops.edt.ragged_cat_bwd(*args)
+
+
+def test_int32_offsets_that_would_overflow_are_refused(backend):
+    if backend == "reference":
+        pytest.skip("the reference would allocate an index of every row")
+    many = torch.empty(2**30, 0)
+    offsets = torch.zeros(4, dtype=torch.int64)
+    joined = ragged_cat([many, many[:0]], [None, offsets])[1]
+    assert joined.tolist() == [0, 2**30, 2**31, 3 * 2**30]
+    with pytest.raises(RuntimeError, match="int64 to count 3221225472 rows, got int32"):
+        ragged_cat([many, many[:0]], [None, offsets.int()])
 
 
 def test_the_examples_run():
