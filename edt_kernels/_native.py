@@ -13,12 +13,13 @@ import torch
 
 ISA_NAMES = ("scalar", "avx2", "avx512")
 _failure: str | None = None
+_file: str | None = None
 _isa: str | None = None
 
 
 def load() -> None:
     """Load `edt_kernels._C` once; where it is missing, say so and go on with the references."""
-    global _failure, _isa
+    global _failure, _file, _isa
     if os.environ.get("EDT_NATIVE") == "0":
         _failure = "EDT_NATIVE=0 asks for the reference path"
         return
@@ -38,7 +39,7 @@ def load() -> None:
     sources = Path(__file__).parents[1] / "csrc"
     if sources.is_dir() and library.edt_sources().decode() != _hash(sources):
         raise RuntimeError(f"{module.__file__} is not built from {sources}: run pip install -e .")
-    _isa = library.edt_cpu_isa().decode()
+    _file, _isa = module.__file__, library.edt_cpu_isa().decode()
     wanted = os.environ.get("EDT_CPU_ISA")
     if wanted and wanted != _isa:
         raise RuntimeError(
@@ -59,14 +60,14 @@ def build_info() -> dict[str, object]:
     """What serves the ops in this process, and why.
 
     Returns:
-        A dict with `native` (are the CPU kernels loaded), `reason` (why not, or None), `cpu_isa`
-        (the instruction set in use, or None), `torch` (its version) and `ops` (per op the backend
-        that serves CPU tensors: "native" or "reference").
+        A dict with `native` (are the CPU kernels loaded), `reason` (why not, or None), `file` (from
+        where, or None), `cpu_isa` (the instruction set in use, or None), `torch` (its version) and
+        `ops` (per op the backend that serves CPU tensors: "native" or "reference").
 
     Example:
         >>> import edt_kernels
         >>> sorted(edt_kernels.build_info())
-        ['cpu_isa', 'native', 'ops', 'reason', 'torch']
+        ['cpu_isa', 'file', 'native', 'ops', 'reason', 'torch']
     """
     from edt_kernels import _library
 
@@ -79,6 +80,7 @@ def build_info() -> dict[str, object]:
     return {
         "native": _failure is None,
         "reason": _failure,
+        "file": _file,
         "cpu_isa": _isa,
         "torch": torch.__version__,
         "ops": served,
