@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import importlib
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,13 +14,12 @@ import torch
 
 ISA_NAMES = ("scalar", "avx2", "avx512")
 _failure: str | None = None
-_file: str | None = None
 _isa: str | None = None
 
 
 def load() -> None:
     """Load `edt_kernels._C` once; where it is missing, say so and go on with the references."""
-    global _failure, _file, _isa
+    global _failure, _isa
     if os.environ.get("EDT_NATIVE") == "0":
         _failure = "EDT_NATIVE=0 asks for the reference path"
         return
@@ -39,7 +39,7 @@ def load() -> None:
     sources = Path(__file__).parents[1] / "csrc"
     if sources.is_dir() and library.edt_sources().decode() != _hash(sources):
         raise RuntimeError(f"{module.__file__} is not built from {sources}: run pip install -e .")
-    _file, _isa = module.__file__, library.edt_cpu_isa().decode()
+    _isa = library.edt_cpu_isa().decode()
     wanted = os.environ.get("EDT_CPU_ISA")
     if wanted and wanted != _isa:
         raise RuntimeError(
@@ -80,7 +80,7 @@ def build_info() -> dict[str, object]:
     return {
         "native": _failure is None,
         "reason": _failure,
-        "file": _file,
+        "file": getattr(sys.modules.get("edt_kernels._C"), "__file__", None),
         "cpu_isa": _isa,
         "torch": torch.__version__,
         "ops": served,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from edt_former.report.workload import Workload
 
     if args.plot is not None:
-        from edt_former.report.profile_plot import profile_figure  # needs matplotlib, so say it now
+        import matplotlib  # noqa: F401 (where it is missing, this is the time to say so)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     workload = Workload(
@@ -116,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
 
         write_json(args.json, found.to_json())
     if args.plot is not None:
+        from edt_former.report.profile_plot import profile_figure
+
         profile_figure(found).savefig(args.plot, dpi=150)
     return 0
 
@@ -131,9 +132,19 @@ def _check(args: argparse.Namespace) -> None:
     if args.plot is not None and args.plot.suffix not in PLOTS:
         raise ValueError(f"--plot must end in {', '.join(PLOTS)}, got {args.plot}")
     for name in ("json", "plot"):
-        path = getattr(args, name)
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise ValueError(f"--{name} must be a file that can be written, got {path}")
+        if (path := getattr(args, name)) is not None:
+            _check_writable(name, path)
+
+
+def _check_writable(name: str, path: Path) -> None:
+    """By opening it, which is the only way to know; what it holds stays."""
+    there = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"--{name} cannot be written: {error}") from error
+    if not there:
+        path.unlink()
 
 
 def _molecules(file: Path | None, count: int) -> tuple[list[str], list[str]]:

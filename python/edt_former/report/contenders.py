@@ -72,10 +72,6 @@ class Contender(ABC):
     def prompt(self, tokens: MoleculeTokens | Rectangle, text: Tensor, table: nn.Module) -> Prompt:
         """The molecule's tokens, then the embeddings of the ids `text` [T], for every molecule."""
 
-    def prompt_tokens(self, tokens: MoleculeTokens | Rectangle) -> int:
-        """How many places all molecules together take in their prompts."""
-        return tokens.values.shape[:-1].numel()
-
 
 class Ragged(Contender):
     """Ragged kernels: as many queries as the molecule has; padding stands left of the prompt."""
@@ -167,8 +163,9 @@ def static(dynamic: EDTFormer, queries: int) -> Padded:
         connector = QFormer({**options, "num_queries": queries}).eval().requires_grad_(False)
     weights = dynamic.state_dict()
     anchors = dynamic.query_tokens.detach()
-    more = torch.randn(1, queries, anchors.shape[2], dtype=anchors.dtype, device=anchors.device)
-    weights["query_tokens"] = torch.cat([anchors, 0.02 * more], 1)[:, :queries]
+    generator = torch.Generator().manual_seed(0)
+    more = 0.02 * torch.randn(1, queries, anchors.shape[2], generator=generator)
+    weights["query_tokens"] = torch.cat([anchors, more.to(anchors)], 1)[:, :queries]
     names = connector.state_dict()
     connector.load_state_dict({name: weights[name] for name in names}, assign=True)
     return Padded(f"static Q-Former, {queries} queries", connector, queries)
@@ -201,10 +198,10 @@ def check_rows(name: str, rows: Tensor, expected: Tensor) -> None:
     """Compare `rows` [N, E] with those of the ragged kernels.
 
     Raises:
-        RuntimeError: the largest ||row - expected|| / ||expected|| is more than 1e-3, or 0.05 in
+        RuntimeError: the largest ||row - expected|| / ||expected|| is more than 0.01, or 0.05 in
             16 bit.
     """
-    limit = 1e-3 if rows.dtype == torch.float32 else 0.05
+    limit = 0.01 if rows.dtype == torch.float32 else 0.05
     rows, expected = rows.double(), expected.double()
     error = float(((rows - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
     if not error <= limit:

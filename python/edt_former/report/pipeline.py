@@ -66,6 +66,16 @@ class Pipeline:
         last = torch.tensor([-1], device=workload.device)
         self._last_only = {"logits_to_keep": last} if "logits_to_keep" in accepted else {}
 
+    def check_room(self, slots: int) -> None:
+        """Raise ValueError where a molecule of that many tokens has no room in the prompt."""
+        limit = getattr(self.parts.language_model.config, "max_position_embeddings", None)
+        wanted = slots + self.workload.text_tokens + self.workload.new_tokens
+        if limit is not None and wanted > limit:
+            raise ValueError(
+                f"prompt and answer must have at most {limit} tokens, as many as the language "
+                f"model reads, got {wanted}: {slots} of the largest molecule"
+            )
+
     def read(self, smiles: Sequence[str], *, patches: bool = True) -> tuple[Batch, Seconds]:
         """The first three stages; without `patches` none are found, and the stage takes nothing."""
         predictor, encoder, connector, _ = self.parts
@@ -92,14 +102,9 @@ class Pipeline:
     def answer(
         self, contender: Contender, tokens: MoleculeTokens | Rectangle
     ) -> tuple[Answer, Seconds]:
-        """The last three stages: the prompt, the language model over it, new tokens one by one.
-
-        Raises:
-            ValueError: the language model does not read that many tokens.
-        """
+        """The last three stages: the prompt, the language model over it, new tokens one by one."""
         watch = Stopwatch(self.workload.device)
         prompt = contender.prompt(tokens, self._text, self._table)
-        self._check_room(prompt)
         splice = watch.lap()
         length = prompt.embeds.shape[1]
         read = self._read(prompt.mask, length, inputs_embeds=prompt.embeds, **self._last_only)
@@ -114,6 +119,9 @@ class Pipeline:
         return encoding | self.answer(contender, tokens)[1]
 
     def _decode(self, read: object, mask: Tensor | None) -> None:
+        if getattr(read, "past_key_values", None) is None:
+            kind = type(self.parts.language_model).__name__
+            raise ValueError(f"the language model must return past_key_values, {kind} does not")
         for _ in range(self.workload.new_tokens):
             token = read.logits[:, -1].argmax(-1, keepdim=True)
             if mask is not None:
@@ -128,12 +136,3 @@ class Pipeline:
                 positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
                 inputs["position_ids"] = positions[:, -length:]
         return self.parts.language_model(use_cache=True, **inputs)
-
-    def _check_room(self, prompt: Prompt) -> None:
-        limit = getattr(self.parts.language_model.config, "max_position_embeddings", None)
-        wanted = prompt.embeds.shape[1] + self.workload.new_tokens
-        if limit is not None and wanted > limit:
-            raise ValueError(
-                f"prompt and answer must have at most {limit} tokens, which the language model "
-                f"reads, got {wanted}"
-            )

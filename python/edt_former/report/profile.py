@@ -114,7 +114,7 @@ class Profile:
         return [
             (
                 "molecules",
-                f"{self.molecules} of {self.atoms:.1f} heavy atoms, batches of {of.batch}",
+                f"{self.molecules} of {self.atoms:.1f} heavy atoms (mean), batches of {of.batch}",
             ),
             (
                 "prompts",
@@ -246,6 +246,7 @@ def _time(workload: Workload, smiles: Sequence[str], rounds: int, progress: bool
     read = [pipeline.read(batch)[0] for batch in batches]
     lengths = [length for batch in read for length in _token_counts(pipeline, batch)]
     mean, longest = sum(lengths) / len(lengths), max(lengths)
+    pipeline.check_room(max(longest, PUBLISHED_SLOTS))
     field = line_up(pipeline.parts.connector, mean=mean, longest=longest)
     counts = _checked_counts(pipeline, field, read)
 

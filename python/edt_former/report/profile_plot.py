@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-from matplotlib.figure import Figure
 
 from edt_former.report.pipeline import STAGES
 from edt_former.report.timing import Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from edt_former.report.profile import Profile
 
@@ -25,6 +25,8 @@ def profile_figure(profile: Profile) -> Figure:
     Returns:
         A figure that belongs to no window: `figure.savefig(path)`.
     """
+    from matplotlib.figure import Figure
+
     panels = [_throughput, _prompts]
     if any(m.peak is not None for m in profile.measured):
         panels.append(_memory)
@@ -122,7 +124,8 @@ def _name(axes: Axes, profile: Profile) -> None:
 
 def _title(profile: Profile) -> str:
     of = profile.workload
-    models = "shipped models" if of.size == "tiny" else f"12 layers x 768, language model {of.llm}"
+    published = f"12 layers x 768, language model {Path(of.llm).name}"
+    models = "shipped models" if of.size == "tiny" else published
     return (
         f"From SMILES to an answer of {of.new_tokens} tokens: {models}, {of.dtype}, {of.device}, "
         f"torch threads: {profile.machine['threads']['torch']}"
