@@ -65,7 +65,7 @@ class TestProfile:
         assert notes == [
             "note       1 of 3 rows that were drawn cannot be read, the first 'C1CC': unclosed "
             "ring",
-            f"note       {tmp_path / 'a.smi'} has 2 valid molecules, fewer than 12",
+            f"note       {tmp_path / 'a.smi'} has 2 valid molecules, fewer than 8",
         ]
 
     def test_threads_are_set(self, edt, monkeypatch):

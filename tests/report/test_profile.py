@@ -81,6 +81,7 @@ def test_json_holds_every_round_and_the_machine(found):
     told = json.loads(json.dumps(found.to_json()))
     assert told["workload"]["batch"] == 2 and told["molecules"] == 3 and told["rounds"] == 2
     assert told["machine"]["cpu"]["model"] and told["machine"]["load"] is not None
+    assert told["machine"]["load after"] is not None
     assert told["machine"]["versions"]["torch"] and told["machine"]["threads"]["torch"] >= 1
     assert set(told["kernels"]) >= {"native", "cpu_isa", "ops"}
     first, *others = told["contenders"]

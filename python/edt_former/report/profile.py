@@ -18,7 +18,7 @@ from edt_former.report.contenders import (
     checked_tokens,
     line_up,
 )
-from edt_former.report.machine import gpu, machine
+from edt_former.report.machine import gpu, load, machine
 from edt_former.report.peak import Peak, peak_memory
 from edt_former.report.pipeline import (
     ENCODING,
@@ -72,7 +72,8 @@ class Profile:
         rounds: timed.
         measured: EDT-Former first.
         notes: what a reader must know of this run.
-        machine: see `edt_former.report.machine`, as it was before the first round.
+        machine: see `edt_former.report.machine`, as it was before the first round; and its load
+            after the last.
         kernels: `edt_kernels.build_info()`.
     """
 
@@ -179,7 +180,7 @@ def profile(
     workload: Workload,
     smiles: Sequence[str],
     *,
-    rounds: int = 3,
+    rounds: int = 5,
     memory: bool = True,
     progress: bool = False,
 ) -> Profile:
@@ -206,8 +207,9 @@ def profile(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if not smiles:
         raise ValueError("smiles must hold at least one molecule, got none")
-    before = {**machine(), "gpu": gpu() if workload.device == "cuda" else None}
+    where = {**machine(), "gpu": gpu() if workload.device == "cuda" else None}
     timed = _time(workload, smiles, rounds, progress)
+    where["load after"] = load()
     notes = []
     if timed.longest > PUBLISHED_SLOTS:
         notes.append(
@@ -224,7 +226,7 @@ def profile(
         rounds,
         measured,
         notes,
-        before,
+        where,
         edt_kernels.build_info(),
     )
 

@@ -93,7 +93,7 @@ class Workload:
     llm: str = "40m"
     dtype: str = "fp32"
     device: str = "cpu"
-    batch: int = 12
+    batch: int = 8
     text_tokens: int = 32
     new_tokens: int = 8
     seed: int = 0
