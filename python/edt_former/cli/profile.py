@@ -6,6 +6,11 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edt_former.report.profile import Profile
+    from edt_former.report.timing import Spread
 
 PLOTS = (".png", ".svg", ".pdf")
 ROUNDS = {"published": 5, "tiny": 15}
@@ -179,7 +184,7 @@ def _molecules(file: Path | None, count: int) -> tuple[list[str], list[str]]:
     return smiles, notes
 
 
-def _print(found) -> None:
+def _print(found: Profile) -> None:
     from edt_former.report.pipeline import ENCODING, STAGES
     from edt_former.report.table import table
     from edt_former.report.timing import Spread
@@ -238,5 +243,5 @@ def _print(found) -> None:
     print(f"\nMilliseconds by stage:\n\n{table(('contender', *STAGES), rows)}")
 
 
-def _ratio(spread) -> str:
+def _ratio(spread: Spread) -> str:
     return f"{spread.median:.2f} [{spread.low:.2f}, {spread.high:.2f}]"

@@ -10,11 +10,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edt_former.report.machine import cores, cpu, driver, first_line, gpu, threads
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 PACKAGE = "edt-kernels"
 INSTALL = "pip install -e . (in a checkout)"
@@ -104,7 +108,7 @@ def _requirements() -> Iterator[Finding]:
         yield _requirement(requirement)
 
 
-def _requirement(requirement) -> Finding:
+def _requirement(requirement: Requirement) -> Finding:
     name, wanted = requirement.name, f'pip install "{requirement}"'
     found = _version(name)
     data = {"version": found, "required": str(requirement.specifier)}
@@ -181,9 +185,13 @@ def _kernels() -> Iterator[Finding]:
         remedy = "unset EDT_CPU_ISA" if chosen else f"build it again: {INSTALL}"
         yield Finding("native kernels", PROBLEM, str(error), remedy)
         return
+    import torch
+
     info = edt_kernels.build_info()
     yield _native(info)
     yield _ops(info)
+    if torch.cuda.is_available():
+        yield _gpu_ops(info)
 
 
 def _native(info: dict) -> Finding:
@@ -228,6 +236,17 @@ def _ops(info: dict) -> Finding:
     return Finding("ops", OK if info["native"] else NOTE, "; ".join(parts), data=data)
 
 
+def _gpu_ops(info: dict) -> Finding:
+    """Which ops have kernels for CUDA tensors."""
+    from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
+
+    served = [name for name in info["ops"] if has_kernel(f"edt::{name}", "CUDA")]
+    others = sorted({*info["ops"]} - {*served})
+    parts = [f"kernels: {', '.join(served)}"] if served else []
+    parts += [f"torch reference (no GPU kernel for this op): {', '.join(others)}"] if others else []
+    return Finding("ops on the GPU", OK, "; ".join(parts), data={"kernels": served})
+
+
 def _compiler() -> Iterator[Finding]:
     wanted = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
     command = next(filter(shutil.which, wanted), None)
@@ -256,8 +275,6 @@ def _triton() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    from importlib.metadata import metadata
-
     for extra in metadata(PACKAGE).get_all("Provides-Extra") or ():
         found = {r.name: _version(r.name) for r in _required(extra)}
         told = ", ".join(f"{name} {number or 'missing'}" for name, number in found.items())
@@ -303,7 +320,7 @@ LOOKS: dict[str, Callable[[], Iterable[Finding]]] = {
 """By subject, in the order in which they are told. Each stands alone."""
 
 
-def _required(extra: str) -> list:
+def _required(extra: str) -> list[Requirement]:
     """The package's requirements: its own, or those that an extra adds."""
     from packaging.requirements import Requirement
 
