@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from edt_former.report import doctor
-from edt_former.report.doctor import NOTE, OK, PROBLEM, Finding
+from edt_former import doctor
+from edt_former.doctor import NOTE, OK, PROBLEM, Finding
 
 FINE = [Finding("python", OK, "3.11.7"), Finding("GPU", NOTE, "none found", "buy one")]
 BROKEN = [*FINE, Finding("native kernels", PROBLEM, "missing", "build", {"native": False})]

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from edt_former.report import machine, profile
+from edt_former import machine
+from edt_former.report import profile
 from edt_former.report.peak import Peak
 
 QUICK = ("profile", "--size", "tiny", "--rounds", 1, "--no-memory", "--new-tokens", 2)

@@ -23,7 +23,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found; 1 when there is a problem."""
-    from edt_former.report.doctor import PROBLEM, examine, to_json
+    from edt_former.doctor import PROBLEM, examine, to_json
 
     findings = examine()
     problems = [finding.subject for finding in findings if finding.state == PROBLEM]

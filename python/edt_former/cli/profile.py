@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     import torch
 
-    from edt_former.report.machine import busy
+    from edt_former.machine import busy
     from edt_former.report.profile import profile
     from edt_former.report.workload import Workload
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 import edt_kernels
+from edt_former.machine import gpu, load, machine
 from edt_former.report.contenders import (
     PUBLISHED_SLOTS,
     Contender,
@@ -18,7 +19,6 @@ from edt_former.report.contenders import (
     checked_tokens,
     line_up,
 )
-from edt_former.report.machine import gpu, load, machine
 from edt_former.report.peak import Peak, peak_memory
 from edt_former.report.pipeline import (
     ENCODING,
@@ -72,7 +72,7 @@ class Profile:
         rounds: timed.
         measured: EDT-Former first.
         notes: what a reader must know of this run.
-        machine: see `edt_former.report.machine`, as it was before the first round; and its load
+        machine: see `edt_former.machine`, as it was before the first round; and its load
             after the last.
         kernels: `edt_kernels.build_info()`.
     """

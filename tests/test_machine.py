@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edt_former.report import machine
+from edt_former import machine
 
 LINUX_X86 = """processor\t: 0
 model name\t: A Processor

@@ -14,9 +14,8 @@ import torch
 from packaging.requirements import Requirement
 
 import edt_kernels
-from edt_former import shipped
-from edt_former.report import doctor
-from edt_former.report.doctor import NOTE, OK, PROBLEM, Finding
+from edt_former import doctor, shipped
+from edt_former.doctor import NOTE, OK, PROBLEM, Finding
 
 ROOT = Path(edt_kernels.__file__).parents[1]
 INFO = {
@@ -125,18 +124,19 @@ def test_threads(monkeypatch, count, environment, state, remedy):
 
 class TestKernels:
     @pytest.fixture(autouse=True)
-    def _processor(self, monkeypatch):
-        monkeypatch.setattr(doctor, "cpu", lambda: {"features": ["avx2", "f16c", "fma"]})
+    def _nothing_is_chosen(self, monkeypatch):
+        monkeypatch.delenv("EDT_CPU_ISA", raising=False)
 
     def test_all_is_well(self):
         finding = doctor._native(INFO)
         assert (finding.state, finding.remedy) == (OK, "")
         assert finding.told == f"avx2, {INFO['file']}, no sources beside it"
 
-    def test_a_level_below_the_processor(self):
-        finding = doctor._native({**INFO, "cpu_isa": "scalar"})
-        assert (finding.state, finding.remedy) == (PROBLEM, "unset EDT_CPU_ISA")
-        assert finding.told.endswith("; this processor has avx2")
+    def test_a_level_that_is_chosen(self, monkeypatch):
+        monkeypatch.setenv("EDT_CPU_ISA", "avx2")
+        finding = doctor._native(INFO)
+        assert finding.state == NOTE and finding.told.endswith(", chosen by EDT_CPU_ISA")
+        assert finding.remedy == "unset EDT_CPU_ISA for the best of this processor"
 
     @pytest.mark.parametrize(
         ("value", "remedy"),
@@ -182,26 +182,6 @@ def test_who_serves_the_gpu(monkeypatch):
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert ("ops on the GPU" in {f.subject for f in doctor._kernels()}) == there
-
-
-@pytest.mark.parametrize(
-    ("features", "best"),
-    [
-        (["avx512bw", "avx512dq", "avx512f", "avx512vl", "avx2", "fma"], "avx512"),
-        (["avx512f", "avx2", "fma"], "avx2"),
-        (["avx2"], "scalar"),
-        (["asimd", "sve"], "scalar"),
-    ],
-)
-def test_the_best_instruction_set(monkeypatch, features, best):
-    monkeypatch.setattr(doctor, "cpu", lambda: {"features": features})
-    assert doctor._best_isa() == best
-
-
-@pytest.mark.skipif(not edt_kernels.build_info()["native"], reason="the kernels are not built")
-def test_the_best_instruction_set_is_the_kernels_own():
-    if "EDT_CPU_ISA" not in os.environ:
-        assert doctor._best_isa() == edt_kernels.build_info()["cpu_isa"]
 
 
 @pytest.mark.parametrize(
@@ -343,7 +323,12 @@ def test_a_native_module_of_other_sources_is_explained(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("package", "also"), [("transformers", "shipped models"), ("torch", "native kernels")]
+    ("package", "also"),
+    [
+        ("transformers", "shipped models"),
+        ("torch", "native kernels"),
+        ("rdkit", "shipped models"),
+    ],
 )
 def test_a_broken_package_is_named(tmp_path, package, also):
     (tmp_path / package).mkdir()
