@@ -283,6 +283,7 @@ def _extras() -> Iterator[Finding]:
 def _models() -> Iterator[Finding]:
     from edt_former import shipped
 
+    import_module("edt_former.model")  # what cannot be imported is not damaged
     names = shipped.connectors()
     if not names:
         told = f"not in {shipped.folder()}"
