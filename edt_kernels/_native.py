@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import importlib
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -69,14 +70,14 @@ def build_info() -> dict[str, object]:
     """What serves the ops in this process, and why.
 
     Returns:
-        A dict with `native` (are the CPU kernels loaded), `reason` (why not, or None), `cpu_isa`
-        (the instruction set in use, or None), `torch` (its version) and `ops` (per op the backend
-        that serves CPU tensors: "native" or "reference").
+        A dict with `native` (are the CPU kernels loaded), `reason` (why not, or None), `file` (from
+        where, or None), `cpu_isa` (the instruction set in use, or None), `torch` (its version) and
+        `ops` (per op the backend that serves CPU tensors: "native" or "reference").
 
     Example:
         >>> import edt_kernels
         >>> sorted(edt_kernels.build_info())
-        ['cpu_isa', 'native', 'ops', 'reason', 'torch']
+        ['cpu_isa', 'file', 'native', 'ops', 'reason', 'torch']
     """
     from edt_kernels import _library
 
@@ -89,6 +90,7 @@ def build_info() -> dict[str, object]:
     return {
         "native": _failure is None,
         "reason": _failure,
+        "file": getattr(sys.modules.get("edt_kernels._C"), "__file__", None),
         "cpu_isa": _isa,
         "torch": torch.__version__,
         "ops": served,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from edt_former.connectors import make_connector
 from edt_former.graph import GraphFeatures
@@ -59,3 +60,18 @@ def test_too_few_slots_are_refused(batch):
     queries, keys = connector.queries(*batch), connector.keys(batch[0])
     with pytest.raises(ValueError, match=r"slots must be at least 9, .*got 8"):
         padded_read(connector, queries, keys, slots=8)
+
+
+@torch.no_grad()
+def test_attention_has_a_mask_only_where_something_is_padded(batch, monkeypatch):
+    masks = []
+    attend = F.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None):
+        masks.append(None if attn_mask is None else tuple(attn_mask.shape))
+        return attend(*args, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    connector = make_connector({**SIZE, **CONNECTORS["qformer"], "layers": 1}).eval()
+    padded_read(connector, connector.queries(*batch), connector.keys(batch[0]), slots=5)
+    assert masks == [None, (3, 1, 1, 8)]  # queries to queries, queries to keys

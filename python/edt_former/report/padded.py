@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import edt_kernels
 from edt_former.connectors.qformer import QFormer, Rows
 
 
@@ -14,7 +15,7 @@ def padded_read(connector: QFormer, queries: Rows, keys: Rows, *, slots: int | N
 
     Queries are padded to `slots` per molecule (None: the longest of the batch) and keys to the
     longest molecule, as programs without ragged kernels do; padding is masked as a key but
-    computed as a query.
+    computed as a query. Where nothing is padded there is no mask, which torch does fastest.
 
     Returns:
         Hidden states [B, slots, width]; the rows of padding hold what nobody reads.
@@ -34,7 +35,7 @@ def padded_read(connector: QFormer, queries: Rows, keys: Rows, *, slots: int | N
     return x
 
 
-def _attend(attention: torch.nn.Module, x: Tensor, source: Tensor, real: Tensor) -> Tensor:
+def _attend(attention: torch.nn.Module, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = (
         projection(rows).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         for projection, rows in (
@@ -43,19 +44,17 @@ def _attend(attention: torch.nn.Module, x: Tensor, source: Tensor, real: Tensor)
             (attention.self.value, source),
         )
     )
-    mask = None if bool(real.all()) else real[:, None, None]
     read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return attention.output(read.transpose(1, 2).flatten(2), x)
 
 
-def _pad(rows: Rows, slots: int | None) -> tuple[Tensor, Tensor]:
-    """[B, slots, ...] and which of them are real [B, slots]."""
-    lengths = rows.offsets.diff()
-    longest = int(lengths.max())
+def _pad(rows: Rows, slots: int | None) -> tuple[Tensor, Tensor | None]:
+    """[B, slots, ...] and the mask [B, 1, 1, slots] of what is real; None where all is."""
+    shortest, longest = (int(x) for x in rows.offsets.diff().aminmax())
     slots = longest if slots is None else slots
     if longest > slots:
         raise ValueError(f"slots must be at least {longest}, the longest molecule's, got {slots}")
-    real = torch.arange(slots) < lengths[:, None]
-    padded = rows.values.new_zeros(len(lengths), slots, rows.values.shape[1])
-    padded[real] = rows.values
-    return padded, real
+    if shortest == slots:
+        return rows.values.unflatten(0, (-1, slots)), None
+    padded, real = edt_kernels.pad(rows.values, rows.offsets, length=slots)
+    return padded, real[:, None, None]
