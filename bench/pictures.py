@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.contest import Outcome
-from bench.report import Call
+from bench.report import CALL_GOALS, Call
 
 matplotlib.use("Agg")
 
 # Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
-OURS, THEIRS, CEILING = "#0072B2", "#BBBBBB", "#D55E00"
+OURS, THEIRS, CEILING, RECORDED = "#0072B2", "#BBBBBB", "#D55E00", "#E69F00"
 CUT = 12
 """A bar more than this many times ours is cut, and says so."""
 
@@ -51,16 +51,18 @@ def calls(calls: Sequence[Call], file: Path) -> None:
     figure = Figure(figsize=(7, 0.42 * len(calls) + 1.2), layout="constrained")
     ax = figure.subplots()
     for y, call in enumerate(calls):
-        for value, shift, colour in ((call.plain, -0.2, OURS), (call.recorded, 0.2, "#E69F00")):
+        for value, shift, colour in ((call.plain, -0.2, OURS), (call.recorded, 0.2, RECORDED)):
             if value is not None:
                 ax.barh(y + shift, value, 0.36, color=colour)
                 ax.annotate(f" {value:.1f}", (value, y + shift), va="center", fontsize=8)
     ax.barh(0, 0, color=OURS, label="without gradient")
-    ax.barh(0, 0, color="#E69F00", label="with gradient recorded")
+    ax.barh(0, 0, color=RECORDED, label="with gradient recorded")
+    for name, colour in (("plain", OURS), ("recorded", RECORDED)):
+        ax.axvline(CALL_GOALS[name], color=colour, linewidth=1.2, linestyle="--", zorder=0)
     ax.set_yticks(range(len(calls)), [call.name for call in calls], fontsize=9)
     ax.invert_yaxis()
     ax.margins(x=0.1)
-    ax.set_xlabel("microseconds per call on a tiny input")
+    ax.set_xlabel("microseconds per call on a tiny input; dashed: the goals")
     ax.legend(fontsize=8, frameon=False, loc="lower right")
     ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110)
@@ -81,7 +83,7 @@ def _panel(ax: Axes, outcome: Outcome) -> None:
         hatch = "///" if entry.aside else None
         colour = OURS if y == 0 else THEIRS
         ax.barh(y, scale * width, 0.72, color=colour, hatch=hatch, edgecolor="white")
-        label = f" {scale * entry.median:.3g}"
+        label = f" {_figure(scale * entry.median)}"
         if entry.ratio is not None:
             digits = 1 if entry.ratio.value < 100 else 0
             label += f" ({entry.ratio.value:.{digits}f}x)" + ("*" if entry.note else "")
@@ -91,8 +93,13 @@ def _panel(ax: Axes, outcome: Outcome) -> None:
     ax.axvline(scale * outcome.ceiling, color=CEILING, linewidth=1.6)
     ax.set_yticks(range(len(entries)), [e.name for e in entries], fontsize=8)
     ax.invert_yaxis()
-    ax.set_xlim(0, scale * limit * 1.42)
+    ax.set_xlim(0, scale * max(1.42 * limit, 1.05 * outcome.ceiling))
     ax.tick_params(axis="x", labelsize=8)
     ax.set_xlabel(unit, fontsize=8, labelpad=1)
     ax.set_title(outcome.title, fontsize=9, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(value: float) -> str:
+    """Three digits at least, no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
