@@ -56,8 +56,7 @@ def pytest_terminal_summary(
     for line, colour in report.lines(book):
         terminalreporter.write_line(line, **({colour: True} if colour else {}))
     folder = config.getoption("--bench-dir")
-    for line in report.save(book, folder):
-        terminalreporter.write_line(line)
+    terminalreporter.write_line(report.save(book, folder))
 
 
 @pytest.fixture(scope="session")

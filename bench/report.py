@@ -93,8 +93,10 @@ def lines(book: Book) -> Iterator[tuple[str, str]]:
         yield from _goals(book.goals)
 
 
-def save(book: Book, folder: Path) -> list[str]:
-    """Write `<op>.json` and `<op>.png`, `calls` and `goals`; the lines that say so."""
+def save(book: Book, folder: Path) -> str:
+    """Write `<op>.json` and `<op>.png`, `calls` and `goals`; the line that says so."""
+    from bench import pictures  # which knows this module
+
     folder.mkdir(parents=True, exist_ok=True)
     machine = None if book.machine is None else asdict(book.machine)
     for op, outcomes in book.ops().items():
@@ -104,16 +106,11 @@ def save(book: Book, folder: Path) -> list[str]:
         _write(folder / "calls.json", calls)
     if book.goals:
         _write(folder / "goals.json", {"machine": machine, "goals": list(map(asdict, book.goals))})
-    said = [f"figures: {folder}/*.json"]
-    try:
-        from bench import pictures
-    except ImportError as missing:
-        return [*said, f"no pictures: {missing}; pip install -e '.[bench]'"]
     for op, outcomes in book.ops().items():
         pictures.contests(op, outcomes, folder / f"{op}.png")
     if book.calls:
         pictures.calls(book.calls, folder / "calls.png")
-    return [*said, f"pictures: {folder}/*.png"]
+    return f"figures and pictures: {folder}"
 
 
 def _write(file: Path, content: object) -> None:
@@ -196,11 +193,13 @@ def _goals(goals: Sequence[Goal]) -> Iterator[tuple[str, str]]:
     judged = [goal for goal in goals if goal.ratio is not None]
     met = sum(goal.met for goal in judged)
     yield f"goals: {met} of {len(judged)} met, {len(goals) - len(judged)} not judged", ""
-    first = max(len(goal.name) for goal in goals) + 2
-    for goal in goals:
+    names = [goal.name for goal in goals]
+    labels = [g.name if names.count(g.name) == 1 else f"{g.name}, {g.test}" for g in goals]
+    first = max(map(len, labels)) + 2
+    for label, goal in zip(labels, goals, strict=True):
         if goal.ratio is None:
-            yield f"  {goal.name:{first}} not judged, {goal.note}", "yellow"
+            yield f"  {label:{first}} not judged, {goal.note}", "yellow"
         else:
             verdict, colour = ("met", "green") if goal.met else ("MISSED", "red")
             figures = f"{goal.ratio:8.2f} of {goal.least:<6g}{verdict:<7}{goal.note}"
-            yield f"  {goal.name:{first}}{figures}", colour
+            yield f"  {label:{first}}{figures}", colour

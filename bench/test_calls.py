@@ -20,7 +20,7 @@ def tiny_calls() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...], b
     ids = torch.tensor([0, 0, 0, 1, 1])
     slots = torch.tensor([[True, True, True, False], [True, True, False, False]])
     k = edt_kernels
-    return {
+    calls = {
         "torch.sin": (torch.sin, (atoms,), True),
         "entropy": (k.entropy, (atoms,), True),
         "linear_entropy": (k.linear_entropy, (atoms, torch.randn(3, 4)), True),
@@ -45,6 +45,11 @@ def tiny_calls() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...], b
             True,
         ),
     }
+    if hasattr(k, "insert"):
+        at = torch.tensor([1, 3])
+        insert = lambda e, t: k.insert(e, offsets, t, offsets, at)  # noqa: E731
+        calls["insert"] = (insert, (torch.randn(5, 4), atoms), True)
+    return calls
 
 
 def test_calls(benchmark, goal, book):
