@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bench import published, report
+from bench.book import Book, Goal
 from bench.contest import TOLERANCE, Contender, Outcome, Task, Work, play
 from bench.machine import Machine, load_average, measure
-from bench.report import Book, Goal
 from bench.workloads import SMALL, WORKLOADS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

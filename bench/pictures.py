@@ -9,8 +9,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.book import CALL_GOALS, Call
 from bench.contest import Outcome
-from bench.report import CALL_GOALS, Call
 
 matplotlib.use("Agg")
 

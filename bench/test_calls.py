@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import edt_kernels
+from bench.book import CALL_GOALS, Call
 from bench.contest import interleave
-from bench.report import CALL_GOALS, Call
 
 
 def tiny_calls() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...], bool]]:
@@ -46,9 +46,8 @@ def tiny_calls() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...], b
         ),
     }
     if hasattr(k, "insert"):
-        at = torch.tensor([1, 3])
-        insert = lambda e, t: k.insert(e, offsets, t, offsets, at)  # noqa: E731
-        calls["insert"] = (insert, (torch.randn(5, 4), atoms), True)
+        texts, at = torch.randn(5, 4), torch.tensor([1, 3])
+        calls["insert"] = (lambda e, t: k.insert(e, offsets, t, offsets, at), (texts, atoms), True)
     return calls
 
 

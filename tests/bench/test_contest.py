@@ -9,6 +9,7 @@ import torch
 
 import edt_kernels
 from bench import contest, layouts, published, report, workloads
+from bench.book import Book, Call, Goal
 from bench.contest import Contender, Entry, Task, Work, WrongResultError
 from bench.machine import Machine
 
@@ -238,11 +239,11 @@ def test_the_summary_says_what_is_missed_busy_and_not_judged(task):
         "square", "C-S", "fp32", "forward", entries, task.work(), 5e-4, "bytes", 0.4
     )
     goals = [
-        report.Goal("test", "twice", 2.0, 1.5),
-        report.Goal("test", "thrice", 2.0, 3),
-        report.Goal("test", "the loop", None, 50, "not comparable"),
+        Goal("test", "twice", 2.0, 1.5),
+        Goal("test", "thrice", 2.0, 3),
+        Goal("test", "the loop", None, 50, "not comparable"),
     ]
-    book = report.Book(MACHINE, [outcome], goals, [report.Call("sin", 1.0, None)])
+    book = Book(MACHINE, [outcome], goals, [Call("sin", 1.0, None)])
     text = "\n".join(line for line, _ in report.lines(book))
     assert "WARNING: the machine was busy. Other processes took up to 40%" in text
     assert "C-S, fp32, forward  !     1.000     50% bytes   1e-07   2.00±0.15          -*" in text
