@@ -236,10 +236,6 @@ class Outcome:
         """Case, dtype and mode."""
         return f"{self.case}, {self.dtype}, {self.mode}"
 
-    def beaten(self, name: str) -> Ratio | None:
-        """How many times our time a contender takes, None where it did not run."""
-        return self.entries[name].ratio
-
 
 def play(
     op: str,

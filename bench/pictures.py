@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.book import CALL_GOALS, Call
 from bench.contest import Outcome
-
-matplotlib.use("Agg")
 
 # Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
 OURS, THEIRS, CEILING, RECORDED = "#0072B2", "#BBBBBB", "#D55E00", "#E69F00"

@@ -9,8 +9,7 @@ import edt_kernels
 from bench import published
 from bench.contest import OURS, Task, compiled
 from bench.layouts import padded
-from bench.test_entropy import from_clamped_softmax, from_log_softmax
-from bench.test_find_patches import quantile_rule
+from bench.peers import from_clamped_softmax, from_log_softmax, quantile_rule
 from bench.workloads import rows
 
 VOCABULARY = 38

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -11,19 +9,8 @@ import edt_kernels
 from bench import published
 from bench.contest import OURS, Contender, Layout, Task, compiled
 from bench.layouts import padded
+from bench.peers import torch_scatter
 from bench.workloads import ENCODER_WIDTH, SMALL, Workload, rows
-
-
-def torch_scatter(name: str):
-    """A function of torch-scatter; where it is not installed, one that says so."""
-
-    def missing(*_: object, **__: object) -> Tensor:
-        raise ModuleNotFoundError("torch-scatter is not installed")
-
-    try:
-        return getattr(importlib.import_module("torch_scatter"), name)
-    except ImportError:
-        return missing
 
 
 def mean_by_index_add(ids: Tensor, counts: Tensor):
@@ -53,6 +40,7 @@ def by_segment_reduce(offsets: Tensor, reduce: str):
 def test_mean(contest, caveats, workload, dtype, backward):
     offsets, ids = workload.patches.atom_offsets, workload.patch_ids
     counts = offsets.diff()
+    segment_csr = torch_scatter("segment_csr", reduce="mean")
     x = rows(len(ids), ENCODER_WIDTH, dtype=dtype)
     by_index_add = mean_by_index_add(ids, counts)
     task = Task.of(by_index_add, [x], backward=backward)
@@ -63,7 +51,7 @@ def test_mean(contest, caveats, workload, dtype, backward):
         task.contender("segment_reduce", by_segment_reduce(offsets, "mean")),
         task.contender(
             "torch-scatter",
-            lambda x: torch_scatter("segment_csr")(x, offsets, reduce="mean"),
+            lambda x: segment_csr(x, offsets),
             optional=True,
         ),
     ]
@@ -90,6 +78,7 @@ def test_max(contest, dtype, backward):
     dense = padded(SMALL.atom_offsets, fill=torch.inf)
     x = dense.into(rows(len(ids), ENCODER_WIDTH))
     x = (1 + dense.back(x.argsort(1).argsort(1))).to(dtype)
+    segment_csr = torch_scatter("segment_csr", reduce="max")
     by_amax = by_scatter_reduce(ids, len(offsets) - 1, "amax")
     task = Task.of(by_amax, [x], backward=backward)
     contest(
@@ -102,7 +91,7 @@ def test_max(contest, dtype, backward):
             task.contender("segment_reduce", by_segment_reduce(offsets, "max")),
             task.contender(
                 "torch-scatter",
-                lambda x: torch_scatter("segment_csr")(x, offsets, reduce="max"),
+                lambda x: segment_csr(x, offsets),
                 optional=True,
             ),
         ],
@@ -114,6 +103,7 @@ def test_by_id(contest, workload, dtype, backward):
     """Rows that name their patch and stand in any order within the batch."""
     order = torch.randperm(len(workload.patch_ids), generator=torch.Generator().manual_seed(3))
     ids, counts = workload.patch_ids[order], workload.patches.atom_offsets.diff()
+    scatter = torch_scatter("scatter", dim_size=len(counts), reduce="mean")
     x = rows(len(ids), ENCODER_WIDTH, dtype=dtype)
     by_index_add = mean_by_index_add(ids, counts)
     task = Task.of(by_index_add, [x], backward=backward)
@@ -127,7 +117,7 @@ def test_by_id(contest, workload, dtype, backward):
             task.contender("scatter_reduce", by_scatter_reduce(ids, len(counts), "mean")),
             task.contender(
                 "torch-scatter",
-                lambda x: torch_scatter("scatter")(x, ids, 0, dim_size=len(counts), reduce="mean"),
+                lambda x: scatter(x, ids, 0),
                 optional=True,
             ),
         ],

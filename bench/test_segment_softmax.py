@@ -8,7 +8,7 @@ from torch import Tensor
 import edt_kernels
 from bench.contest import OURS, Task, compiled
 from bench.layouts import nested, padded
-from bench.test_segment_pool import torch_scatter
+from bench.peers import torch_scatter
 from bench.workloads import HEADS, rows
 
 
@@ -29,6 +29,7 @@ def by_scatter(ids: Tensor, segments: int):
 def test_segment_softmax(contest, workload, dtype, backward):
     offsets, count = workload.atom_offsets, len(workload.atoms)
     ids = torch.arange(count).repeat_interleave(workload.atoms)
+    scatter_softmax = torch_scatter("scatter_softmax", dim_size=count)
     x = rows(len(ids), HEADS, dtype=dtype)
     task = Task.of(by_scatter(ids, count), [x], backward=backward)
     dense = padded(offsets, fill=-torch.inf)
@@ -45,7 +46,7 @@ def test_segment_softmax(contest, workload, dtype, backward):
         ),
         task.contender(
             "torch-scatter",
-            lambda x: torch_scatter("scatter_softmax")(x, ids, 0, dim_size=count),
+            lambda x: scatter_softmax(x, ids, 0),
             optional=True,
         ),
     ]
