@@ -1,0 +1,130 @@
+"""The machine that the times belong to: what it is, its measured ceilings, who else uses it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import edt_kernels
+
+BUSY = 0.1
+"""Share of the cores in use by other processes from which on times are not to be trusted."""
+
+_COPIED = 1 << 28  # bytes read and bytes written, far beyond any cache level that a core owns
+_SIDE = 2048  # of the matrix product, as in the record that `published.py` compares with
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What ran the benches.
+
+    Attributes:
+        copy: bytes per second, read and written counted, of a large copy.
+        products: floating point operations per second of a matrix product of side 2048, by dtype.
+        load: load average over a minute, before anything was timed.
+    """
+
+    cpu: str
+    cores: int
+    threads: int
+    isa: str
+    torch: str
+    copy: float
+    products: dict[str, float]
+    load: float | None
+
+    def line(self) -> str:
+        """For the head of a report."""
+        rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in self.products.items())
+        load = "unknown" if self.load is None else f"{self.load:.2f}"
+        return (
+            f"{self.cpu}, {self.cores} cores, {self.threads} threads, {self.isa}, "
+            f"torch {self.torch}; copy {self.copy / 1e9:.1f} GB/s, matrix product GFLOP/s: "
+            f"{rates}; load before {load}"
+        )
+
+
+def measure() -> Machine:
+    """This machine. Takes about two seconds."""
+    load = load_average()
+    source = torch.zeros(_COPIED // 4)
+    target = torch.zeros_like(source)
+    copy = 2 * _COPIED / median_seconds(lambda: target.copy_(source))
+    products = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.randn(2, _SIDE, _SIDE, dtype=dtype)
+        products[name] = 2 * _SIDE**3 / median_seconds(lambda a=a, b=b: a @ b)
+    return Machine(
+        _cpu(),
+        os.cpu_count() or 1,
+        torch.get_num_threads(),
+        str(edt_kernels.build_info()["cpu_isa"] or "no native kernels"),
+        torch.__version__,
+        copy,
+        products,
+        load,
+    )
+
+
+def median_seconds(step: Callable[[], object], rounds: int = 9) -> float:
+    """Median time of a call, after one that is not timed."""
+    step()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def load_average() -> float | None:
+    """Over the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+class Neighbours:
+    """Watches, from its making on, what other processes take of the cores."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), _all_seconds(), _own_seconds()
+
+    def share(self) -> float | None:
+        """Of all cores, 0 to 1; None where the system does not tell."""
+        wall, everyone, own = self._start
+        now = _all_seconds()
+        if everyone is None or now is None:
+            return None
+        foreign = (now - everyone) - (_own_seconds() - own)
+        available = (time.perf_counter() - wall) * (os.cpu_count() or 1)
+        return min(max(foreign / available, 0.0), 1.0)
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _all_seconds() -> float | None:
+    """CPU time of all processes since the system started."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+        int, stat.read_text().split(None, 9)[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    return sum(os.times()[:4])

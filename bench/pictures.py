@@ -1,0 +1,102 @@
+"""A picture per op: bars of the contenders' times, what they are to ours, and the ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.book import CALL_GOALS, Call
+from bench.contest import Outcome
+
+# Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
+OURS, THEIRS, CEILING, RECORDED = "#0072B2", "#BBBBBB", "#D55E00", "#E69F00"
+CUT = 12
+"""A bar more than this many times ours is cut, and says so."""
+
+
+def contests(op: str, outcomes: Sequence[Outcome], file: Path) -> None:
+    """A panel per contest: cases downwards, dtypes and modes from left to right."""
+    cases = list(dict.fromkeys(o.case for o in outcomes))
+    kinds = sorted({(o.dtype != "fp32", o.dtype, o.mode) for o in outcomes})
+    places = {(o.case, o.dtype, o.mode): o for o in outcomes}
+    bars = [max(_drawn(o) for o in outcomes if o.case == case) for case in cases]
+    figure = Figure(
+        figsize=(4.6 * len(kinds) + 0.2, sum(0.27 * n + 0.85 for n in bars) + 0.7),
+        layout="constrained",
+    )
+    axes = figure.subplots(len(cases), len(kinds), squeeze=False, height_ratios=bars)
+    for row, case in zip(axes, cases, strict=True):
+        for ax, (_, dtype, mode) in zip(row, kinds, strict=True):
+            outcome = places.get((case, dtype, mode))
+            if outcome is None:
+                ax.axis("off")
+            else:
+                _panel(ax, outcome)
+    figure.suptitle(
+        f"{op}: time and, in brackets, times the time of edt_kernels; "
+        "the line is the ceiling of this machine",
+        fontsize=11,
+    )
+    figure.savefig(file, dpi=110)
+
+
+def calls(calls: Sequence[Call], file: Path) -> None:
+    """Microseconds per call, without and with gradients recorded."""
+    figure = Figure(figsize=(7, 0.42 * len(calls) + 1.2), layout="constrained")
+    ax = figure.subplots()
+    for y, call in enumerate(calls):
+        for value, shift, colour in ((call.plain, -0.2, OURS), (call.recorded, 0.2, RECORDED)):
+            if value is not None:
+                ax.barh(y + shift, value, 0.36, color=colour)
+                ax.annotate(f" {value:.1f}", (value, y + shift), va="center", fontsize=8)
+    ax.barh(0, 0, color=OURS, label="without gradient")
+    ax.barh(0, 0, color=RECORDED, label="with gradient recorded")
+    for name, colour in (("plain", OURS), ("recorded", RECORDED)):
+        ax.axvline(CALL_GOALS[name], color=colour, linewidth=1.2, linestyle="--", zorder=0)
+    ax.set_yticks(range(len(calls)), [call.name for call in calls], fontsize=9)
+    ax.invert_yaxis()
+    ax.margins(x=0.1)
+    ax.set_xlabel("microseconds per call on a tiny input; dashed: the goals")
+    ax.legend(fontsize=8, frameon=False, loc="lower right")
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+
+
+def _drawn(outcome: Outcome) -> int:
+    return sum(bool(e.seconds) for e in outcome.entries.values())
+
+
+def _panel(ax: Axes, outcome: Outcome) -> None:
+    entries = [e for e in outcome.entries.values() if e.seconds]
+    ours = entries[0].median
+    slowest = max(e.median for e in entries)
+    unit, scale = ("ms", 1e3) if slowest >= 1e-3 else ("us", 1e6)
+    limit = min(slowest, CUT * ours)
+    for y, entry in enumerate(entries):
+        width = min(entry.median, limit)
+        hatch = "///" if entry.aside else None
+        colour = OURS if y == 0 else THEIRS
+        ax.barh(y, scale * width, 0.72, color=colour, hatch=hatch, edgecolor="white")
+        label = f" {_figure(scale * entry.median)}"
+        if entry.ratio is not None:
+            digits = 1 if entry.ratio.value < 100 else 0
+            label += f" ({entry.ratio.value:.{digits}f}x)" + ("*" if entry.note else "")
+        if entry.median > limit:
+            label = f" ≫{label}"
+        ax.annotate(label, (scale * width, y), va="center", fontsize=8)
+    ax.axvline(scale * outcome.ceiling, color=CEILING, linewidth=1.6)
+    ax.set_yticks(range(len(entries)), [e.name for e in entries], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlim(0, scale * max(1.42 * limit, 1.05 * outcome.ceiling))
+    ax.tick_params(axis="x", labelsize=8)
+    ax.set_xlabel(unit, fontsize=8, labelpad=1)
+    ax.set_title(outcome.title, fontsize=9, loc="left")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(value: float) -> str:
+    """Three digits at least, no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,41 @@
+"""Entropy of logits against torch's ways to write it, eager and compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import edt_kernels
+from bench.contest import OURS, Task, compiled
+from bench.peers import from_clamped_softmax, from_log_softmax
+from bench.workloads import SMALL, rows
+
+VOCABULARIES = {
+    "C-S, V=38": (int(SMALL.atoms.sum()), 38),
+    "4096 molecules, V=38": (4096 * 30, 38),
+    "512 rows, V=32000": (512, 32000),
+}
+
+
+def from_distribution(logits: Tensor) -> Tensor:
+    return torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+
+
+@pytest.mark.parametrize("case", VOCABULARIES)
+def test_entropy(contest, case, dtype, backward):
+    logits = rows(*VOCABULARIES[case], dtype=dtype)
+    task = Task.of(from_log_softmax, [logits], backward=backward)
+    contest(
+        "entropy",
+        case,
+        task,
+        [
+            task.contender(OURS, edt_kernels.entropy),
+            task.contender("log_softmax", from_log_softmax),
+            task.contender("softmax, clamp, log", from_clamped_softmax),
+            task.contender("Categorical", from_distribution),
+            task.contender("compiled", compiled(from_log_softmax), optional=True),
+        ],
+        goals={"compiled": 1.5} if "V=38" in case else None,
+    )

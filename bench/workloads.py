@@ -1,0 +1,90 @@
+"""The workloads of every speed figure: named, seeded, of the sizes of molecules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+import edt_kernels
+from edt_former.tokens import pack_patches
+from edt_kernels import Patches
+
+HEADS, HEAD_WIDTH = 12, 64
+LAYERS, FEED_FORWARD = 12, 3072
+ENCODER_WIDTH = 512
+ANCHORS = 32
+SLOTS = 96
+"""Queries that the published program pads every molecule to."""
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """Molecules by their numbers of atoms [B] and of queries [B]."""
+
+    name: str
+    atoms: Tensor
+    queries: Tensor
+
+    @cached_property
+    def atom_offsets(self) -> Tensor:
+        """[B + 1]."""
+        return edt_kernels.offsets_from_lengths(self.atoms)
+
+    @cached_property
+    def query_offsets(self) -> Tensor:
+        """[B + 1]."""
+        return edt_kernels.offsets_from_lengths(self.queries)
+
+    @cached_property
+    def patches(self) -> Patches:
+        """A patch for every query that is no anchor, each a run of atoms cut at random."""
+        generator = _seeded(2)
+
+        def cut(atoms: int, count: int) -> Tensor:
+            opens = torch.zeros(atoms, dtype=torch.long)
+            opens[1 + torch.randperm(atoms - 1, generator=generator)[: count - 1]] = 1
+            return opens.cumsum(0)
+
+        sizes = zip(self.atoms.tolist(), (self.queries - ANCHORS).tolist(), strict=True)
+        return pack_patches([cut(atoms, count) for atoms, count in sizes])
+
+    @cached_property
+    def patch_ids(self) -> Tensor:
+        """The patch of every atom, counted over the whole batch [N]."""
+        first = self.patches.patch_offsets[:-1].repeat_interleave(self.atoms)
+        return self.patches.ids + first
+
+    def first(self, count: int) -> Workload:
+        """Its first molecules."""
+        return Workload(self.name, self.atoms[:count], self.queries[:count])
+
+
+def rows(count: int, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    """Normal values [count, *shape], the same numbers in every dtype up to its rounding."""
+    return torch.randn(count, *shape, generator=_seeded(seed)).to(dtype)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _drug_like(name: str, count: int) -> Workload:
+    """30 +- 9 atoms (8 to 60), a dynamic query for every 4 atoms."""
+    atoms = (30 + 9 * torch.randn(256, generator=_seeded(0))).round().clamp(8, 60).long()[:count]
+    return Workload(name, atoms, ANCHORS + atoms // 4)
+
+
+def _large(name: str, count: int) -> Workload:
+    """130 +- 15 atoms (at most 150), 70 queries."""
+    atoms = (130 + 15 * torch.randn(count, generator=_seeded(0))).round().clamp(8, 150).long()
+    return Workload(name, atoms, torch.full_like(atoms, 70))
+
+
+SMALL = _drug_like("C-S", 256)
+LARGE = _large("C-L", 64)
+TRAIN_48 = _drug_like("W-T 48", 48)
+TRAIN_4 = _drug_like("W-T 4", 4)
+WORKLOADS = (SMALL, LARGE, TRAIN_48, TRAIN_4)
