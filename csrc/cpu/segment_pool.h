@@ -1,0 +1,43 @@
+// What the pooling kernels see of a batch: pointers, no tensors.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace edt {
+
+struct Pool {
+  const int64_t* offsets;       // [P + 1]
+  const int64_t* order;         // [N], the row of every place, or null: place i is row i
+  int64_t rows, dim;            // N, and the columns of a row
+  bool mean;                    // of sums
+  bool largest;                 // of extremes: maximum, or minimum
+  const void *values, *weight;  // [N, dim]; [N] or null
+  const void* grad;             // [P, dim]
+  void* out;                    // [P, dim] of a forward, [N, dim] or [N] of a backward
+  // [P, dim], the row that an extreme came from, N in an empty segment: int32, int64 for double.
+  void* source;
+};
+
+// A thread's part: of segments [first, last) columns [begin, end), or in a backward those places
+// that lie in [begin, end).
+struct PoolPart {
+  int64_t first, last, begin, end;
+};
+
+// Kernels of one element type.
+struct PoolKernels {
+  using Kernel = void (*)(const Pool&, const PoolPart&);
+  Kernel sum, sum_bwd, extreme, extreme_bwd;
+  // Gradient of the weight. `scratch` has room for `dim` doubles.
+  void (*weight_bwd)(const Pool&, const PoolPart&, void* scratch);
+};
+
+struct PoolTable {
+  PoolKernels float32, bfloat16, float16, float64;
+};
+
+EDT_KERNEL_TABLE(PoolTable, pool_kernels)
+
+}  // namespace edt
