@@ -80,7 +80,7 @@ class Pooling {
   Pooling(const Tensor& like, int64_t rows, const Tensor& offsets, const Optional& order)
       : like_(like), segments_(offsets, rows, row_size(like)), order_(order, segments_) {
     pool.offsets = segments_.offsets(), pool.order = order_.data();
-    pool.rows = rows, pool.dim = segments_.dim();
+    pool.rows = rows, pool.dim = segments_.dim(), pool.used = segments_.used();
   }
 
   int64_t size() const { return segments_.size(); }
@@ -94,7 +94,7 @@ class Pooling {
 
   void forward(PoolKernels::Kernel kernel) const {
     segments_.for_columns([&](int64_t first, int64_t last, int64_t begin, int64_t end) {
-      kernel(pool, {first, last, begin, end});
+      kernel(pool, {first, last, begin, end, 0, pool.rows});
     });
   }
 
@@ -105,7 +105,7 @@ class Pooling {
     pool.order = order_.data(), pool.out = out.data_ptr();
     const int64_t row = row_size(out), bytes = row * static_cast<int64_t>(out.element_size());
     segments_.for_places([&](int64_t first, int64_t last, int64_t begin, int64_t end) {
-      kernel(pool, PoolPart{first, last, begin, end});
+      kernel(pool, Share{first, last, 0, pool.dim, begin, end});
       for (int64_t i = std::max(begin, segments_.used()); i < end; ++i)
         std::memset(at(out, (pool.order ? pool.order[i] : i) * row), 0, bytes);
     });
@@ -173,8 +173,9 @@ Tensor segment_pool_weight_bwd(const Tensor& given_grad, const Tensor& given, co
   const Tensor out = allocate({values.size(0)}, dtype);
   call.pool.mean = mean, call.pool.grad = grad.data_ptr();
   call.pool.values = values.data_ptr(), call.pool.weight = weight->data_ptr();
-  call.backward(out, [&](const Pool& pool, const PoolPart& part) {
-    kernels.weight_bwd(pool, part, thread_scratch(pool.dim * static_cast<int64_t>(sizeof(double))));
+  call.backward(out, [&](const Pool& pool, const Share& share) {
+    const int64_t places = share.place_end - share.place_begin;
+    kernels.weight_bwd(pool, share, thread_scratch(places * static_cast<int64_t>(sizeof(double))));
   });
   return out;
 }

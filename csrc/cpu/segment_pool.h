@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "share.h"
 
 namespace edt {
 
@@ -11,6 +12,7 @@ struct Pool {
   const int64_t* offsets;       // [P + 1]
   const int64_t* order;         // [N], the row of every place, or null: place i is row i
   int64_t rows, dim;            // N, and the columns of a row
+  int64_t used;                 // places of segments
   bool mean;                    // of sums
   bool largest;                 // of extremes: maximum, or minimum
   const void *values, *weight;  // [N, dim]; [N] or null
@@ -20,18 +22,13 @@ struct Pool {
   void* source;
 };
 
-// A thread's part: of segments [first, last) columns [begin, end), or in a backward those places
-// that lie in [begin, end).
-struct PoolPart {
-  int64_t first, last, begin, end;
-};
-
-// Kernels of one element type.
+// Kernels of one element type. A forward takes some columns of its segments, a backward some
+// places. Arguments are values, so that no store can change them.
 struct PoolKernels {
-  using Kernel = void (*)(const Pool&, const PoolPart&);
+  using Kernel = void (*)(Pool, Share);
   Kernel sum, sum_bwd, extreme, extreme_bwd;
-  // Gradient of the weight. `scratch` has room for `dim` doubles.
-  void (*weight_bwd)(const Pool&, const PoolPart&, void* scratch);
+  // Gradient of the weight. `scratch` has room for a double per place of the share.
+  void (*weight_bwd)(Pool, Share, void* scratch);
 };
 
 struct PoolTable {

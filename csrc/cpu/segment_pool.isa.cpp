@@ -1,229 +1,220 @@
-// Pooling of segments, a block of columns at a time: its sums stay in registers while the rows of
-// the segment pass by, in order. Columns never meet, except in the gradient of the weight, whose
-// dot products run over the columns in a fixed order.
+// Pooling of segments, a bundle at a time: its sums stay in registers while the rows of the segment
+// pass by, in order. The gradient of the weight alone sums over columns, in a fixed order.
 #include "segment_pool.h"
 
-#include "columns.h"
+#include "bundles.h"
 
 namespace edt {
 namespace {
 
-EDT_INLINE int64_t row_of(const Pool& x, int64_t place) { return x.order ? x.order[place] : place; }
-
 template <class T>
-EDT_INLINE const T* values_of(const Pool& x, int64_t place) {
-  return static_cast<const T*>(x.values) + row_of(x, place) * x.dim;
+const T* read_only(const void* data) {
+  return static_cast<const T*>(data);
 }
 
-template <class T>
-EDT_INLINE Wide<T> weight_of(const Pool& x, int64_t place) {
-  const T* at = static_cast<const T*>(x.weight) + row_of(x, place);
-  if constexpr (sizeof(T) == 2) {
-    T copy[kLanes<float>] = {*at};
-    return load(copy)[0];
-  } else {
-    return *at;
-  }
-}
-
-// What a mean divides by.
-template <class T, bool WEIGHTED>
-EDT_INLINE Wide<T> mass_of(const Pool& x, int64_t begin, int64_t end) {
+// What a mean divides by: the number of rows, or their weight.
+template <class T, bool WEIGHTED, class B>
+EDT_INLINE auto mass_of(const Pool& x, const B& bundle) {
+  using Mass = decltype(bundle.length());
   if constexpr (!WEIGHTED) {
-    return static_cast<Wide<T>>(end - begin);
+    return bundle.length();
   } else {
-    Wide<T> mass = 0;
-    for_blocks(begin, end, [&](int64_t i, int64_t last) __attribute__((always_inline)) {
-      Wide<T> sum = 0;
-      for (; i < last; ++i) sum += weight_of<T>(x, i);
+    Mass mass{};
+    for_blocks(bundle.rounds(), [&](int64_t i, int64_t last) __attribute__((always_inline)) {
+      Mass sum{};
+      for (; i < last; ++i) sum += bundle.number(read_only<T>(x.weight), bundle.row(x.order, i));
       mass += sum;
     });
     return mass;
   }
 }
 
-// x / mass, 0 for an empty segment or weights that sum to 0.
-template <class W>
-EDT_INLINE Vec<W> divide(Vec<W> x, W mass) {
-  return mass == 0 ? Vec<W>{} : x / mass;
+// For an empty segment, or weights that sum to 0, a mean is 0 and so are the gradients.
+template <class M, class V, int COUNT>
+EDT_INLINE void divide(V (&sum)[COUNT], M mass) {
+#pragma GCC unroll 8
+  for (int j = 0; j < COUNT; ++j) sum[j] = mass == 0 ? V{} : sum[j] / mass;
 }
 
-// Sum or mean of places [begin, end), written to `out`.
-template <class T, bool WEIGHTED, class C, class S>
-EDT_INLINE void pool_columns(const Pool& x, int64_t begin, int64_t end, Wide<T> mass, C columns,
-                             S* out) {
-  using W = Wide<T>;
-  Vec<W> total[C::kCount] = {};
-  for_blocks(begin, end, [&](int64_t i, int64_t last) __attribute__((always_inline)) {
-    Vec<W> sum[C::kCount] = {};
-    for (; i < last; ++i) {
-      const T* row = values_of<T>(x, i);
-      const W weight = WEIGHTED ? weight_of<T>(x, i) : W(1);
+template <class M>
+EDT_INLINE M inverse(M mass) {
+  return mass == 0 ? M{} : 1 / mass;
+}
+
+// The factor of a row.
+template <class T, bool WEIGHTED, class B>
+EDT_INLINE auto weight_of(const Pool& x, const B& bundle, typename B::Row row) {
+  if constexpr (WEIGHTED)
+    return bundle.number(read_only<T>(x.weight), row);
+  else
+    return Wide<T>(1);
+}
+
+// Rows of an order are islands that the hardware prefetcher does not see coming.
+template <class T, bool WRITE, class B>
+EDT_INLINE void prefetch(const Pool& x, const B& bundle, const void* rows, int64_t i) {
+  constexpr int64_t kAhead = 4;
+  if constexpr (!B::kSegments) {
+    if (!x.order || bundle.begin + i + kAhead >= x.used) return;
+    const T* row = read_only<T>(rows) + x.order[bundle.begin + i + kAhead] * x.dim + bundle.column;
 #pragma GCC unroll 8
-      for (int j = 0; j < C::kCount; ++j) {
-        const Vec<W> value = columns.read(row, j);
-        sum[j] += WEIGHTED ? value * weight : value;
-      }
+    for (int j = 0; j < B::kCount; ++j) __builtin_prefetch(row + j * kLanes<Wide<T>>, WRITE);
+  }
+}
+
+// Sums of the rows of a bundle.
+template <class T, bool WEIGHTED, class B>
+EDT_INLINE void add_rows(const Pool& x, const B& bundle, Vec<Wide<T>> (&total)[B::kCount]) {
+  using W = Wide<T>;
+  for (auto& sum : total) sum = Vec<W>{};
+  for_blocks(bundle.rounds(), [&](int64_t i, int64_t last) __attribute__((always_inline)) {
+    Vec<W> sum[B::kCount] = {};
+    for (; i < last; ++i) {
+      const auto row = bundle.row(x.order, i);
+      const auto weight = weight_of<T, WEIGHTED>(x, bundle, row);
+      prefetch<T, false>(x, bundle, x.values, i);
+#pragma GCC unroll 8
+      for (int j = 0; j < B::kCount; ++j)
+        sum[j] += bundle.read(read_only<T>(x.values), row, j) * weight;
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < C::kCount; ++j) total[j] += sum[j];
+    for (int j = 0; j < B::kCount; ++j) total[j] += sum[j];
   });
-#pragma GCC unroll 8
-  for (int j = 0; j < C::kCount; ++j)
-    columns.write(out, j, x.mean ? divide<W>(total[j], mass) : total[j]);
 }
 
 template <class T, bool WEIGHTED>
-void sum_of(const Pool& x, const PoolPart& part) {
+void sum_of(Pool x, Share share) {
   using W = Wide<T>;
-  for (int64_t p = part.first; p < part.last; ++p) {
-    const int64_t begin = x.offsets[p], end = x.offsets[p + 1];
-    T* out = static_cast<T*>(x.out) + p * x.dim;
-    const W mass = x.mean ? mass_of<T, WEIGHTED>(x, begin, end) : W(1);
-    for_columns<W>(part.begin, part.end, [&](auto columns) __attribute__((always_inline)) {
-      pool_columns<T, WEIGHTED>(x, begin, end, mass, columns, out);
-    });
-  }
+  for_bundles<W>(x.offsets, x.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+    Vec<W> total[bundle.kCount];
+    add_rows<T, WEIGHTED>(x, bundle, total);
+    if (x.mean) divide(total, mass_of<T, WEIGHTED>(x, bundle));
+#pragma GCC unroll 8
+    for (int j = 0; j < bundle.kCount; ++j)
+      bundle.write(static_cast<T*>(x.out), bundle.segment, j, total[j]);
+  });
 }
 
 template <class T>
-void sum(const Pool& x, const PoolPart& part) {
-  x.weight ? sum_of<T, true>(x, part) : sum_of<T, false>(x, part);
+void sum(Pool x, Share share) {
+  x.weight ? sum_of<T, true>(x, share) : sum_of<T, false>(x, share);
 }
 
-EDT_INLINE int64_t later(int64_t a, int64_t b) { return a > b ? a : b; }
-EDT_INLINE int64_t earlier(int64_t a, int64_t b) { return a < b ? a : b; }
+// The gradient of the output, times `scale`.
+template <class T, class B, class M>
+EDT_INLINE void read_grad(const Pool& x, const B& bundle, M scale,
+                          Vec<Wide<T>> (&grad)[B::kCount]) {
+#pragma GCC unroll 8
+  for (int j = 0; j < B::kCount; ++j)
+    grad[j] = bundle.read(read_only<T>(x.grad), bundle.segment, j) * scale;
+}
 
 template <class T, bool WEIGHTED>
-void sum_bwd_of(const Pool& x, const PoolPart& part) {
+void sum_bwd_of(Pool x, Share share) {
   using W = Wide<T>;
-  for (int64_t p = part.first; p < part.last; ++p) {
-    const int64_t begin = later(x.offsets[p], part.begin);
-    const int64_t end = earlier(x.offsets[p + 1], part.end);
-    const T* grad = static_cast<const T*>(x.grad) + p * x.dim;
-    const W mass = x.mean ? mass_of<T, WEIGHTED>(x, x.offsets[p], x.offsets[p + 1]) : W(1);
-    for_columns<W>(0, x.dim, [&](auto columns) __attribute__((always_inline)) {
-      Vec<W> g[columns.kCount];
+  for_bundles<W>(x.offsets, x.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+    Vec<W> grad[bundle.kCount];
+    if (x.mean)
+      read_grad<T>(x, bundle, inverse(mass_of<T, WEIGHTED>(x, bundle)), grad);
+    else
+      read_grad<T>(x, bundle, W(1), grad);
+    for (int64_t i = bundle.first_round(); i < bundle.last_round(); ++i) {
+      const auto row = bundle.row(x.order, i);
+      const auto weight = weight_of<T, WEIGHTED>(x, bundle, row);
+      prefetch<T, true>(x, bundle, x.out, i);
 #pragma GCC unroll 8
-      for (int j = 0; j < columns.kCount; ++j) {
-        const Vec<W> given = columns.read(grad, j);
-        g[j] = x.mean ? divide<W>(given, mass) : given;
-      }
-      for (int64_t i = begin; i < end; ++i) {
-        T* out = static_cast<T*>(x.out) + row_of(x, i) * x.dim;
-        const W weight = WEIGHTED ? weight_of<T>(x, i) : W(1);
-#pragma GCC unroll 8
-        for (int j = 0; j < columns.kCount; ++j)
-          columns.write(out, j, WEIGHTED ? g[j] * weight : g[j]);
-      }
-    });
-  }
+      for (int j = 0; j < bundle.kCount; ++j)
+        bundle.write(static_cast<T*>(x.out), row, j, grad[j] * weight);
+    }
+  });
 }
 
 template <class T>
-void sum_bwd(const Pool& x, const PoolPart& part) {
-  x.weight ? sum_bwd_of<T, true>(x, part) : sum_bwd_of<T, false>(x, part);
+void sum_bwd(Pool x, Share share) {
+  x.weight ? sum_bwd_of<T, true>(x, share) : sum_bwd_of<T, false>(x, share);
 }
 
 // dw_i = g (x_i - mean) / mass, or g x_i for sums.
 template <class T>
-void weight_bwd(const Pool& x, const PoolPart& part, void* scratch) {
+void weight_bwd(Pool x, Share share, void* scratch) {
   using W = Wide<T>;
-  W* mean = static_cast<W*>(scratch);
-  for (int64_t p = part.first; p < part.last; ++p) {
-    const int64_t begin = x.offsets[p], end = x.offsets[p + 1];
-    const T* grad = static_cast<const T*>(x.grad) + p * x.dim;
-    const W mass = x.mean ? mass_of<T, true>(x, begin, end) : W(1);
-    if (x.mean)
-      for_columns<W>(0, x.dim, [&](auto columns) __attribute__((always_inline)) {
-        pool_columns<T, true>(x, begin, end, mass, columns, mean);
-      });
-    const int64_t last = earlier(end, part.end);
-    for (int64_t i = later(begin, part.begin); i < last; ++i) {
-      const T* row = values_of<T>(x, i);
-      Vec<W> dot[kColumnBlock] = {};
-      for_columns<W>(0, x.dim, [&](auto columns) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-        for (int j = 0; j < columns.kCount; ++j) {
-          const Vec<W> value = columns.read(row, j);
-          const Vec<W> deviation = x.mean ? value - columns.read(mean, j) : value;
-          dot[j] = fma(columns.read(grad, j), deviation, dot[j]);
-        }
-      });
-      for (int j = 1; j < kColumnBlock; ++j) dot[0] += dot[j];
-      const Vec<W> total = broadcast(reduce_sum<W>(dot[0]));
-      const Columns<W, 1, false> entry{row_of(x, i), 1};
-      entry.write(static_cast<T*>(x.out), 0, x.mean ? divide<W>(total, mass) : total);
+  for_bundles<W>(x.offsets, x.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+    Vec<W> grad[bundle.kCount], mean[bundle.kCount] = {};
+    if (x.mean) {
+      const auto mass = mass_of<T, true>(x, bundle);
+      read_grad<T>(x, bundle, inverse(mass), grad);
+      add_rows<T, true>(x, bundle, mean);
+      divide(mean, mass);
+    } else {
+      read_grad<T>(x, bundle, W(1), grad);
     }
-  }
+    W* dots = static_cast<W*>(scratch) - bundle.first_round();
+    for (int64_t i = bundle.first_round(); i < bundle.last_round(); ++i) {
+      const auto row = bundle.row(x.order, i);
+      Vec<W> dot{};
+#pragma GCC unroll 8
+      for (int j = 0; j < bundle.kCount; ++j)
+        dot = fma(grad[j], bundle.read(read_only<T>(x.values), row, j) - mean[j], dot);
+      bundle.write_number(static_cast<T*>(x.out), row, bundle.add_columns(dot, &dots[i]));
+    }
+  });
 }
 
 // The first row that holds the extreme, a NaN before all others.
 template <class T, bool LARGEST>
-void extreme_of(const Pool& x, const PoolPart& part) {
+void extreme_of(Pool x, Share share) {
   using W = Wide<T>;
-  using Int = typename Float<W>::Int;
-  const Ints<W> nothing = Ints<W>{} + static_cast<Int>(x.rows);
-  for (int64_t p = part.first; p < part.last; ++p) {
-    const int64_t begin = x.offsets[p], end = x.offsets[p + 1];
-    T* out = static_cast<T*>(x.out) + p * x.dim;
-    W* sources = static_cast<W*>(x.source) + p * x.dim;
-    for_columns<W>(part.begin, part.end, [&](auto columns) __attribute__((always_inline)) {
-      Vec<W> best[columns.kCount] = {};
-      Ints<W> source[columns.kCount];
-      for (auto& row : source) row = nothing;
-      for (int64_t i = begin; i < end; ++i) {
-        const T* row = values_of<T>(x, i);
-        const Ints<W> index = Ints<W>{} + static_cast<Int>(row_of(x, i));
+  for_bundles<W>(x.offsets, x.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+    const Ints<W> nothing = Ints<W>{} + static_cast<typename Float<W>::Int>(x.rows);
+    Vec<W> best[bundle.kCount] = {};
+    Ints<W> source[bundle.kCount];
+    for (auto& row : source) row = nothing;
+    for (int64_t i = 0; i < bundle.rounds(); ++i) {
+      const auto row = bundle.row(x.order, i);
+      const Ints<W> index = bundle.index(row);
+      prefetch<T, false>(x, bundle, x.values, i);
 #pragma GCC unroll 8
-        for (int j = 0; j < columns.kCount; ++j) {
-          const Vec<W> value = columns.read(row, j);
-          const Ints<W> no_better = LARGEST ? value <= best[j] : value >= best[j];
-          const Ints<W> better = (~no_better & (best[j] == best[j])) | (source[j] == nothing);
-          best[j] = better ? value : best[j];
-          source[j] = better ? index : source[j];
-        }
+      for (int j = 0; j < bundle.kCount; ++j) {
+        const Vec<W> value = bundle.read(read_only<T>(x.values), row, j);
+        const Ints<W> no_better = LARGEST ? value <= best[j] : value >= best[j];
+        const Ints<W> better = (~no_better & (best[j] == best[j])) | (source[j] == nothing);
+        const Ints<W> taken = better & (index >= 0);
+        best[j] = taken ? value : best[j];
+        source[j] = taken ? index : source[j];
       }
+    }
 #pragma GCC unroll 8
-      for (int j = 0; j < columns.kCount; ++j) {
-        columns.write(out, j, best[j]);
-        columns.write(sources, j, (Vec<W>)source[j]);
-      }
-    });
-  }
+    for (int j = 0; j < bundle.kCount; ++j) {
+      bundle.write(static_cast<T*>(x.out), bundle.segment, j, best[j]);
+      bundle.write(static_cast<W*>(x.source), bundle.segment, j, (Vec<W>)source[j]);
+    }
+  });
 }
 
 template <class T>
-void extreme(const Pool& x, const PoolPart& part) {
-  x.largest ? extreme_of<T, true>(x, part) : extreme_of<T, false>(x, part);
+void extreme(Pool x, Share share) {
+  x.largest ? extreme_of<T, true>(x, share) : extreme_of<T, false>(x, share);
 }
 
 template <class T>
-void extreme_bwd(const Pool& x, const PoolPart& part) {
+void extreme_bwd(Pool x, Share share) {
   using W = Wide<T>;
-  using Int = typename Float<W>::Int;
-  for (int64_t p = part.first; p < part.last; ++p) {
-    const int64_t begin = later(x.offsets[p], part.begin);
-    const int64_t end = earlier(x.offsets[p + 1], part.end);
-    const T* grad = static_cast<const T*>(x.grad) + p * x.dim;
-    const W* sources = static_cast<const W*>(x.source) + p * x.dim;
-    for_columns<W>(0, x.dim, [&](auto columns) __attribute__((always_inline)) {
-      Vec<W> g[columns.kCount];
-      Ints<W> source[columns.kCount];
+  for_bundles<W>(x.offsets, x.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+    Vec<W> grad[bundle.kCount];
+    read_grad<T>(x, bundle, W(1), grad);
+    Ints<W> source[bundle.kCount];
 #pragma GCC unroll 8
-      for (int j = 0; j < columns.kCount; ++j) {
-        g[j] = columns.read(grad, j);
-        source[j] = (Ints<W>)columns.read(sources, j);
-      }
-      for (int64_t i = begin; i < end; ++i) {
-        const auto row = static_cast<Int>(row_of(x, i));
-        T* out = static_cast<T*>(x.out) + row_of(x, i) * x.dim;
+    for (int j = 0; j < bundle.kCount; ++j)
+      source[j] = (Ints<W>)bundle.read(read_only<W>(x.source), bundle.segment, j);
+    for (int64_t i = bundle.first_round(); i < bundle.last_round(); ++i) {
+      const auto row = bundle.row(x.order, i);
+      const Ints<W> index = bundle.index(row);
+      prefetch<T, true>(x, bundle, x.out, i);
 #pragma GCC unroll 8
-        for (int j = 0; j < columns.kCount; ++j)
-          columns.write(out, j, source[j] == row ? g[j] : Vec<W>{});
-      }
-    });
-  }
+      for (int j = 0; j < bundle.kCount; ++j)
+        bundle.write(static_cast<T*>(x.out), row, j, source[j] == index ? grad[j] : Vec<W>{});
+    }
+  });
 }
 
 template <class T>

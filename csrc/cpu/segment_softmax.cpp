@@ -9,52 +9,44 @@
 namespace edt {
 namespace {
 
-int dtype_index(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return 0;
-    case ScalarType::Double:
-      return 1;
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Half:
-      return 3;
-    default:
-      STD_TORCH_CHECK(false, "segment_softmax: dtype");
-  }
+const SegmentSoftmaxKernels& kernels_for(ScalarType dtype) {
+  const SegmentSoftmaxTable& table = segment_softmax_kernels();
+  if (dtype == ScalarType::Float) return table.float32;
+  if (dtype == ScalarType::BFloat16) return table.bfloat16;
+  if (dtype == ScalarType::Half) return table.float16;
+  STD_TORCH_CHECK(dtype == ScalarType::Double, "segment_softmax: dtype");
+  return table.float64;
 }
 
-// A new tensor like `x`, its rows written by `kernel(part, out)`, 0 in the tail.
-template <class F>
-Tensor map_segments(const Tensor& x, const Tensor& offsets, F kernel) {
-  const Segments segments(offsets, x.size(0), row_size(x));
-  const Tensor out = allocate_like(x);
+// A new tensor like `like`, its segments written by `kernel`; 0 in the tail.
+Tensor run(const Tensor& like, const Tensor& offsets, SegmentSoftmax s,
+           SegmentSoftmaxKernels::Kernel kernel) {
+  const Segments segments(offsets, like.size(0), row_size(like));
+  const Tensor result = allocate_like(like);
+  s.offsets = segments.offsets(), s.dim = segments.dim(), s.result = result.data_ptr();
   segments.for_columns([&](int64_t first, int64_t last, int64_t begin, int64_t end) {
-    kernel(SoftmaxPart{segments.offsets(), segments.dim(), first, last, begin, end},
-           out.data_ptr());
+    kernel(s, {first, last, begin, end, 0, segments.rows()});
   });
-  const int64_t end = segments.used() * segments.dim();
-  std::memset(at(out, end), 0, (x.numel() - end) * x.element_size());
-  return out;
+  const int64_t written = segments.used() * segments.dim();
+  std::memset(at(result, written), 0, (result.numel() - written) * result.element_size());
+  return result;
 }
 
 Tensor segment_softmax(const Tensor& given, const Tensor& offsets) {
   STD_TORCH_CHECK(given.dim() > 0, "values: shape");
   const Tensor values = dense(given);
-  const auto kernel = segment_softmax_kernels().forward[dtype_index(values.scalar_type())];
-  return map_segments(values, offsets, [&](const SoftmaxPart& part, void* out) {
-    kernel(part, values.data_ptr(), out);
-  });
+  SegmentSoftmax s{};
+  s.values = values.data_ptr();
+  return run(values, offsets, s, kernels_for(values.scalar_type()).forward);
 }
 
 Tensor segment_softmax_bwd(const Tensor& given_grad, const Tensor& given, const Tensor& offsets) {
-  STD_TORCH_CHECK(given.dim() > 0, "out: shape");
-  const Tensor grad = dense(given_grad), y = dense(given);
-  STD_TORCH_CHECK(grad.scalar_type() == y.scalar_type() && grad.numel() == y.numel(), "grad");
-  const auto kernel = segment_softmax_kernels().backward[dtype_index(y.scalar_type())];
-  return map_segments(y, offsets, [&](const SoftmaxPart& part, void* dvalues) {
-    kernel(part, grad.data_ptr(), y.data_ptr(), dvalues);
-  });
+  const Tensor grad = dense(given_grad), out = dense(given);
+  STD_TORCH_CHECK(out.dim() > 0 && grad.numel() == out.numel(), "grad: shape");
+  STD_TORCH_CHECK(grad.scalar_type() == out.scalar_type(), "grad: dtype");
+  SegmentSoftmax s{};
+  s.grad = grad.data_ptr(), s.out = out.data_ptr();
+  return run(out, offsets, s, kernels_for(out.scalar_type()).backward);
 }
 
 }  // namespace

@@ -4,23 +4,29 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "share.h"
 
 namespace edt {
 
-// Columns [begin, end) of segments [first, last) of rows [N, dim].
-struct SoftmaxPart {
-  const int64_t* offsets;  // [P + 1]
-  int64_t dim, first, last, begin, end;
+struct SegmentSoftmax {
+  const int64_t* offsets;    // [P + 1]
+  int64_t dim;               // columns of a row
+  const void *values, *out;  // [N, dim]; `out` is read by the backward
+  const void* grad;          // [N, dim]
+  void* result;              // [N, dim], what a kernel writes
 };
 
+// Kernels of one element type. Each takes some columns of its segments. Arguments are values, so
+// that no store can change them.
 struct SegmentSoftmaxKernels {
-  using Forward = void (*)(const SoftmaxPart&, const void* values, void* out);
-  using Backward = void (*)(const SoftmaxPart&, const void* grad, const void* out, void* dvalues);
-  // By dtype: float, double, bfloat16, half.
-  Forward forward[4];
-  Backward backward[4];
+  using Kernel = void (*)(SegmentSoftmax, Share);
+  Kernel forward, backward;
 };
 
-EDT_KERNEL_TABLE(SegmentSoftmaxKernels, segment_softmax_kernels)
+struct SegmentSoftmaxTable {
+  SegmentSoftmaxKernels float32, bfloat16, float16, float64;
+};
+
+EDT_KERNEL_TABLE(SegmentSoftmaxTable, segment_softmax_kernels)
 
 }  // namespace edt

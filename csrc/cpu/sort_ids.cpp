@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <numeric>
 #include <tuple>
 #include <vector>
@@ -21,23 +22,27 @@ std::tuple<Tensor, Tensor> sort_ids(const Tensor& given, int64_t segments) {
   auto* place = static_cast<int64_t*>(order.data_ptr());
   auto* begin = static_cast<int64_t*>(offsets.data_ptr());
   const auto bucket = [=](int64_t row) {
-    const bool inside = 0 <= id[row] && id[row] < segments;
-    return inside ? id[row] : segments;
+    return std::min(static_cast<uint64_t>(id[row]), static_cast<uint64_t>(segments));
   };
 
+  // Ids that ascend already: the last row of a bucket says where the next one begins.
+  std::vector<int64_t> next(segments + 2);
   bool ascending = true;
-  for (int64_t row = 1; row < rows; ++row) ascending &= bucket(row - 1) <= bucket(row);
+  uint64_t previous = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const uint64_t current = bucket(row);
+    ascending &= previous <= current;
+    previous = current;
+    next[current + 1] = row + 1;
+    place[row] = row;
+  }
   if (ascending) {
-    std::iota(place, place + rows, 0);
-    int64_t row = 0;
-    for (int64_t p = 0; p <= segments; ++p) {
-      while (row < rows && bucket(row) < p) ++row;
-      begin[p] = row;
-    }
+    for (int64_t p = 0; p < segments; ++p) next[p + 1] = std::max(next[p], next[p + 1]);
+    std::copy(next.begin(), next.end() - 1, begin);
     return {order, offsets};
   }
 
-  std::vector<int64_t> next(segments + 2);
+  std::fill(next.begin(), next.end(), 0);
   for (int64_t row = 0; row < rows; ++row) ++next[bucket(row) + 1];
   std::partial_sum(next.begin(), next.end(), next.begin());
   std::copy(next.begin(), next.end() - 1, begin);

@@ -1,6 +1,10 @@
 // Making and reading CPU tensors through the stable ABI.
 #pragma once
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -13,6 +17,18 @@
 namespace edt {
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Asks for large pages where there is much memory, as numpy does: of small ones, the page faults of
+// a fresh output take longer than most kernels.
+inline void use_huge_pages(void* memory, int64_t bytes) {
+#ifdef __linux__
+  constexpr int64_t kLeast = 4 << 20, kPage = 4096;
+  if (bytes < kLeast) return;
+  const auto begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // The aten op behind stable::new_empty costs a microsecond more.
 inline Tensor allocate(Sizes sizes, ScalarType dtype) {
@@ -29,6 +45,7 @@ inline Tensor allocate(Sizes sizes, ScalarType dtype) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, type,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   const Tensor out(handle);
+  use_huge_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   if (poison_memory) poison(out.data_ptr(), out.numel() * out.element_size());
   return out;
 }
