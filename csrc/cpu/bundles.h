@@ -4,7 +4,7 @@
 #pragma once
 
 #include "half.h"
-#include "share.h"
+#include "segment_rows.h"
 
 namespace edt {
 namespace {
@@ -82,16 +82,18 @@ constexpr int kBlockVectors = 8;
 constexpr int kBlockVectors = 4;
 #endif
 
+// A segment, its places, and those of them that are in the share.
+struct Segment {
+  int64_t segment, begin, end, share_begin, share_end;
+};
+
 // COUNT vectors of columns of one segment; with !WHOLE the `lanes` last columns.
 template <class W, int COUNT, bool WHOLE>
-struct ColumnBlock {
+struct ColumnBlock : Segment {
   static constexpr bool kSegments = false;  // do lanes hold segments?
   static constexpr int kCount = COUNT;      // vectors
   using Row = int64_t;
 
-  Row segment;
-  int64_t begin, end;              // places of the segment
-  int64_t share_begin, share_end;  // those in this share
   int64_t dim, column, lanes;
 
   EDT_INLINE int64_t rounds() const { return end - begin; }
@@ -228,8 +230,8 @@ template <class W>
 struct SegmentLanes {
   static constexpr bool kSegments = true;
   static constexpr int kCount = 1;
-  // Lengths are exact as numbers of W, and rows as indices.
-  static constexpr int64_t kMostRows = 1 << 24;
+  // Most rows of a batch, which are indices of 32 bits; and of a bundle, whose lengths are floats.
+  static constexpr int64_t kMostRows = INT32_MAX, kMostPlaces = 1 << 24;
   using Int = typename Float<W>::Int;
   struct Row {
     Ints<W> index, on;
@@ -294,39 +296,35 @@ struct SegmentLanes {
 
 // visit(bundle) for all of the share.
 template <class W, class F>
-EDT_INLINE void for_bundles(const int64_t* offsets, int64_t dim, Share share, F visit) {
-  constexpr int kBlock = kBlockVectors * kLanes<W>;
-  const auto visit_columns = [&](int64_t p) __attribute__((always_inline)) {
-    const int64_t begin = offsets[p], end = offsets[p + 1];
-    const int64_t share_begin = begin < share.place_begin ? share.place_begin : begin;
-    const int64_t share_end = end < share.place_end ? end : share.place_end;
-    int64_t column = share.column_begin;
-    for (; column + kBlock <= share.column_end; column += kBlock)
-      visit(ColumnBlock<W, kBlockVectors, true>{p, begin, end, share_begin, share_end, dim, column,
-                                                kLanes<W>});
-    for (; column + kLanes<W> <= share.column_end; column += kLanes<W>)
-      visit(ColumnBlock<W, 1, true>{p, begin, end, share_begin, share_end, dim, column, kLanes<W>});
-    if (column < share.column_end)
-      visit(ColumnBlock<W, 1, false>{p, begin, end, share_begin, share_end, dim, column,
-                                     share.column_end - column});
-  };
-
-  const int64_t rows = offsets[share.last];
-  const bool single = dim == 1 && share.column_begin < share.column_end && rows > 1 &&
-                      rows <= SegmentLanes<W>::kMostRows;
+EDT_INLINE void for_bundles(SegmentRows x, Share share, F visit) {
+  using Lanes = SegmentLanes<W>;
+  constexpr int n = kLanes<W>, kBlock = kBlockVectors * n;
+  const int64_t last_column = share.column_end;
+  const bool single =
+      x.dim == 1 && share.column_begin < last_column && x.rows > 1 && x.rows <= Lanes::kMostRows;
   for (int64_t p = share.first; p < share.last;) {
-    const int64_t next = p + kLanes<W>;
-    if (single && next <= share.last && share.place_begin <= offsets[p] &&
-        offsets[next] <= share.place_end) {
-      const SegmentLanes<W> lanes(offsets, p);
+    const int64_t begin = x.offsets[p], end = x.offsets[p + 1];
+    if (single && p + n <= share.last) {
+      const Lanes lanes(x.offsets, p);
+      const int64_t last = x.offsets[p + n], places = last - begin;
+      const bool whole = share.place_begin <= begin && last <= share.place_end;
       // Lanes wait for the longest: worth it where most have something to do.
-      if (lanes.longest * kLanes<W> <= 4 * (offsets[next] - offsets[p]) + kLanes<W>) {
+      if (whole && places <= Lanes::kMostPlaces && lanes.longest * n <= 4 * places + n) {
         visit(lanes);
-        p = next;
+        p += n;
         continue;
       }
     }
-    visit_columns(p++);
+    const Segment segment{p, begin, end, begin < share.place_begin ? share.place_begin : begin,
+                          end < share.place_end ? end : share.place_end};
+    int64_t column = share.column_begin;
+    for (; column + kBlock <= last_column; column += kBlock)
+      visit(ColumnBlock<W, kBlockVectors, true>{segment, x.dim, column, n});
+    for (; column + n <= last_column; column += n)
+      visit(ColumnBlock<W, 1, true>{segment, x.dim, column, n});
+    if (column < last_column)
+      visit(ColumnBlock<W, 1, false>{segment, x.dim, column, last_column - column});
+    ++p;
   }
 }
 

@@ -79,8 +79,8 @@ class Pooling {
 
   Pooling(const Tensor& like, int64_t rows, const Tensor& offsets, const Optional& order)
       : like_(like), segments_(offsets, rows, row_size(like)), order_(order, segments_) {
-    pool.offsets = segments_.offsets(), pool.order = order_.data();
-    pool.rows = rows, pool.dim = segments_.dim(), pool.used = segments_.used();
+    static_cast<SegmentRows&>(pool) = segments_.describe();
+    pool.order = order_.data();
   }
 
   int64_t size() const { return segments_.size(); }
@@ -93,9 +93,7 @@ class Pooling {
   }
 
   void forward(PoolKernels::Kernel kernel) const {
-    segments_.for_columns([&](int64_t first, int64_t last, int64_t begin, int64_t end) {
-      kernel(pool, {first, last, begin, end, 0, pool.rows});
-    });
+    segments_.for_columns([&](const Share& share) { kernel(pool, share); });
   }
 
   // Also zeroes the rows of `out` that are in no segment.
@@ -104,9 +102,9 @@ class Pooling {
     order_.complete();
     pool.order = order_.data(), pool.out = out.data_ptr();
     const int64_t row = row_size(out), bytes = row * static_cast<int64_t>(out.element_size());
-    segments_.for_places([&](int64_t first, int64_t last, int64_t begin, int64_t end) {
-      kernel(pool, Share{first, last, 0, pool.dim, begin, end});
-      for (int64_t i = std::max(begin, segments_.used()); i < end; ++i)
+    segments_.for_places([&](const Share& share) {
+      kernel(pool, share);
+      for (int64_t i = std::max(share.place_begin, pool.used); i < share.place_end; ++i)
         std::memset(at(out, (pool.order ? pool.order[i] : i) * row), 0, bytes);
     });
   }
@@ -125,7 +123,7 @@ Optional read_weight(const Optional& weight, int64_t rows, ScalarType dtype) {
   return dense(*weight);
 }
 
-void check_segments(const Tensor& x, const Pooling& call, const char* what) {
+void check_pooled(const Tensor& x, const Pooling& call, const char* what) {
   STD_TORCH_CHECK(x.dim() > 0 && x.size(0) == call.size() && row_size(x) == call.pool.dim, what);
 }
 
@@ -152,7 +150,7 @@ Tensor segment_pool_bwd(const Tensor& given, const Tensor& offsets, const Option
   const PoolKernels& kernels = kernels_for(dtype);
   const Optional weight = read_weight(given_weight, rows, dtype);
   Pooling call(grad, rows, offsets, order);
-  check_segments(grad, call, "grad: shape");
+  check_pooled(grad, call, "grad: shape");
   const Tensor out = call.allocate_rows(rows, dtype);
   call.pool.mean = mean, call.pool.grad = grad.data_ptr();
   if (weight) call.pool.weight = weight->data_ptr();
@@ -169,7 +167,7 @@ Tensor segment_pool_weight_bwd(const Tensor& given_grad, const Tensor& given, co
   const PoolKernels& kernels = kernels_for(dtype);
   const Optional weight = read_weight(given_weight, values.size(0), dtype);
   Pooling call(values, values.size(0), offsets, order);
-  check_segments(grad, call, "grad: shape");
+  check_pooled(grad, call, "grad: shape");
   const Tensor out = allocate({values.size(0)}, dtype);
   call.pool.mean = mean, call.pool.grad = grad.data_ptr();
   call.pool.values = values.data_ptr(), call.pool.weight = weight->data_ptr();
@@ -186,7 +184,8 @@ std::tuple<Tensor, Tensor> segment_extreme(const Tensor& given, const Tensor& of
   const Tensor values = dense(given);
   const ScalarType dtype = values.scalar_type();
   const PoolKernels& kernels = kernels_for(dtype);
-  STD_TORCH_CHECK(values.size(0) <= std::numeric_limits<int32_t>::max(), "values: rows");
+  const bool countable = values.size(0) <= std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(countable || dtype == ScalarType::Double, "values: rows beyond 32 bits");
   Pooling call(values, values.size(0), offsets, order);
   const Tensor out = call.allocate_rows(call.size(), dtype);
   const Tensor source = call.allocate_rows(call.size(), source_dtype(dtype));
@@ -204,8 +203,8 @@ Tensor segment_extreme_bwd(const Tensor& given, const Tensor& given_source, cons
   const PoolKernels& kernels = kernels_for(dtype);
   STD_TORCH_CHECK(source.scalar_type() == source_dtype(dtype), "source: dtype");
   Pooling call(grad, rows, offsets, order);
-  check_segments(grad, call, "grad: shape");
-  check_segments(source, call, "source: shape");
+  check_pooled(grad, call, "grad: shape");
+  check_pooled(source, call, "source: shape");
   const Tensor out = call.allocate_rows(rows, dtype);
   call.pool.grad = grad.data_ptr(), call.pool.source = source.data_ptr();
   call.backward(out, kernels.extreme_bwd);

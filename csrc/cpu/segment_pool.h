@@ -1,18 +1,12 @@
-// What the pooling kernels see of a batch: pointers, no tensors.
+// Pooling of segments, on raw pointers.
 #pragma once
 
-#include <cstdint>
-
 #include "isa.h"
-#include "share.h"
+#include "segment_rows.h"
 
 namespace edt {
 
-struct Pool {
-  const int64_t* offsets;       // [P + 1]
-  const int64_t* order;         // [N], the row of every place, or null: place i is row i
-  int64_t rows, dim;            // N, and the columns of a row
-  int64_t used;                 // places of segments
+struct Pool : SegmentRows {
   bool mean;                    // of sums
   bool largest;                 // of extremes: maximum, or minimum
   const void *values, *weight;  // [N, dim]; [N] or null

@@ -36,11 +36,6 @@ EDT_INLINE void divide(V (&sum)[COUNT], M mass) {
   for (int j = 0; j < COUNT; ++j) sum[j] = mass == 0 ? V{} : sum[j] / mass;
 }
 
-template <class M>
-EDT_INLINE M inverse(M mass) {
-  return mass == 0 ? M{} : 1 / mass;
-}
-
 // The factor of a row.
 template <class T, bool WEIGHTED, class B>
 EDT_INLINE auto weight_of(const Pool& x, const B& bundle, typename B::Row row) {
@@ -85,7 +80,7 @@ EDT_INLINE void add_rows(const Pool& x, const B& bundle, Vec<Wide<T>> (&total)[B
 template <class T, bool WEIGHTED>
 void sum_of(Pool x, Share share) {
   using W = Wide<T>;
-  for_bundles<W>(x.offsets, x.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+  for_bundles<W>(x, share, [&](const auto& bundle) __attribute__((always_inline)) {
     Vec<W> total[bundle.kCount];
     add_rows<T, WEIGHTED>(x, bundle, total);
     if (x.mean) divide(total, mass_of<T, WEIGHTED>(x, bundle));
@@ -100,24 +95,21 @@ void sum(Pool x, Share share) {
   x.weight ? sum_of<T, true>(x, share) : sum_of<T, false>(x, share);
 }
 
-// The gradient of the output, times `scale`.
-template <class T, class B, class M>
-EDT_INLINE void read_grad(const Pool& x, const B& bundle, M scale,
-                          Vec<Wide<T>> (&grad)[B::kCount]) {
+// The gradient of the output.
+template <class T, class B>
+EDT_INLINE void read_grad(const Pool& x, const B& bundle, Vec<Wide<T>> (&grad)[B::kCount]) {
 #pragma GCC unroll 8
   for (int j = 0; j < B::kCount; ++j)
-    grad[j] = bundle.read(read_only<T>(x.grad), bundle.segment, j) * scale;
+    grad[j] = bundle.read(read_only<T>(x.grad), bundle.segment, j);
 }
 
 template <class T, bool WEIGHTED>
 void sum_bwd_of(Pool x, Share share) {
   using W = Wide<T>;
-  for_bundles<W>(x.offsets, x.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+  for_bundles<W>(x, share, [&](const auto& bundle) __attribute__((always_inline)) {
     Vec<W> grad[bundle.kCount];
-    if (x.mean)
-      read_grad<T>(x, bundle, inverse(mass_of<T, WEIGHTED>(x, bundle)), grad);
-    else
-      read_grad<T>(x, bundle, W(1), grad);
+    read_grad<T>(x, bundle, grad);
+    if (x.mean) divide(grad, mass_of<T, WEIGHTED>(x, bundle));
     for (int64_t i = bundle.first_round(); i < bundle.last_round(); ++i) {
       const auto row = bundle.row(x.order, i);
       const auto weight = weight_of<T, WEIGHTED>(x, bundle, row);
@@ -138,15 +130,14 @@ void sum_bwd(Pool x, Share share) {
 template <class T>
 void weight_bwd(Pool x, Share share, void* scratch) {
   using W = Wide<T>;
-  for_bundles<W>(x.offsets, x.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+  for_bundles<W>(x, share, [&](const auto& bundle) __attribute__((always_inline)) {
     Vec<W> grad[bundle.kCount], mean[bundle.kCount] = {};
+    read_grad<T>(x, bundle, grad);
     if (x.mean) {
       const auto mass = mass_of<T, true>(x, bundle);
-      read_grad<T>(x, bundle, inverse(mass), grad);
+      divide(grad, mass);
       add_rows<T, true>(x, bundle, mean);
       divide(mean, mass);
-    } else {
-      read_grad<T>(x, bundle, W(1), grad);
     }
     W* dots = static_cast<W*>(scratch) - bundle.first_round();
     for (int64_t i = bundle.first_round(); i < bundle.last_round(); ++i) {
@@ -164,7 +155,7 @@ void weight_bwd(Pool x, Share share, void* scratch) {
 template <class T, bool LARGEST>
 void extreme_of(Pool x, Share share) {
   using W = Wide<T>;
-  for_bundles<W>(x.offsets, x.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+  for_bundles<W>(x, share, [&](const auto& bundle) __attribute__((always_inline)) {
     const Ints<W> nothing = Ints<W>{} + static_cast<typename Float<W>::Int>(x.rows);
     Vec<W> best[bundle.kCount] = {};
     Ints<W> source[bundle.kCount];
@@ -199,9 +190,9 @@ void extreme(Pool x, Share share) {
 template <class T>
 void extreme_bwd(Pool x, Share share) {
   using W = Wide<T>;
-  for_bundles<W>(x.offsets, x.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+  for_bundles<W>(x, share, [&](const auto& bundle) __attribute__((always_inline)) {
     Vec<W> grad[bundle.kCount];
-    read_grad<T>(x, bundle, W(1), grad);
+    read_grad<T>(x, bundle, grad);
     Ints<W> source[bundle.kCount];
 #pragma GCC unroll 8
     for (int j = 0; j < bundle.kCount; ++j)

@@ -23,10 +23,9 @@ Tensor run(const Tensor& like, const Tensor& offsets, SegmentSoftmax s,
            SegmentSoftmaxKernels::Kernel kernel) {
   const Segments segments(offsets, like.size(0), row_size(like));
   const Tensor result = allocate_like(like);
-  s.offsets = segments.offsets(), s.dim = segments.dim(), s.result = result.data_ptr();
-  segments.for_columns([&](int64_t first, int64_t last, int64_t begin, int64_t end) {
-    kernel(s, {first, last, begin, end, 0, segments.rows()});
-  });
+  static_cast<SegmentRows&>(s) = segments.describe();
+  s.result = result.data_ptr();
+  segments.for_columns([&](const Share& share) { kernel(s, share); });
   const int64_t written = segments.used() * segments.dim();
   std::memset(at(result, written), 0, (result.numel() - written) * result.element_size());
   return result;

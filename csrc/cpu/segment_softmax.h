@@ -1,16 +1,12 @@
 // Softmax within segments, on raw pointers.
 #pragma once
 
-#include <cstdint>
-
 #include "isa.h"
-#include "share.h"
+#include "segment_rows.h"
 
 namespace edt {
 
-struct SegmentSoftmax {
-  const int64_t* offsets;    // [P + 1]
-  int64_t dim;               // columns of a row
+struct SegmentSoftmax : SegmentRows {
   const void *values, *out;  // [N, dim]; `out` is read by the backward
   const void* grad;          // [N, dim]
   void* result;              // [N, dim], what a kernel writes

@@ -20,28 +20,27 @@ void forward_column(const T* x, int64_t rows, T* y) {
   using W = Wide<T>;
   constexpr int n = kLanes<W>;
   const auto vectors = [&](int64_t begin, int64_t end, auto visit) __attribute__((always_inline)) {
-    for (; begin + n <= end; begin += n) visit(ColumnBlock<W, 1, true>{.column = begin}, n);
-    if (begin < end)
-      visit(ColumnBlock<W, 1, false>{.column = begin, .lanes = end - begin}, end - begin);
+    for (; begin + n <= end; begin += n) visit(ColumnBlock<W, 1, true>{{}, 0, begin, n});
+    if (begin < end) visit(ColumnBlock<W, 1, false>{{}, 0, begin, end - begin});
   };
   Vec<W> tops = broadcast(kNothing<W>);
-  vectors(0, rows, [&](const auto& block, int64_t lanes) __attribute__((always_inline)) {
-    tops = max(first<W>(block.read(x, 0, 0), lanes, kNothing<W>), tops);
+  vectors(0, rows, [&](const auto& block) __attribute__((always_inline)) {
+    tops = max(first<W>(block.read(x, 0, 0), block.lanes, kNothing<W>), tops);
   });
   const W most = reduce_max<W>(tops), top = most == kNothing<W> ? 0 : most;
 
   W total = 0;
   for_blocks(rows, [&](int64_t i, int64_t last) __attribute__((always_inline)) {
     W sum = 0;
-    vectors(i, last, [&](const auto& block, int64_t lanes) __attribute__((always_inline)) {
+    vectors(i, last, [&](const auto& block) __attribute__((always_inline)) {
       const Vec<W> weight = exp<W>(block.read(x, 0, 0) - top);
-      for (int64_t lane = 0; lane < lanes; ++lane) sum += weight[lane];
+      for (int64_t lane = 0; lane < block.lanes; ++lane) sum += weight[lane];
     });
     total += sum;
   });
 
   const W inverse = total == 0 ? 0 : 1 / total;
-  vectors(0, rows, [&](const auto& block, int64_t) __attribute__((always_inline)) {
+  vectors(0, rows, [&](const auto& block) __attribute__((always_inline)) {
     block.write(y, 0, 0, exp<W>(block.read(x, 0, 0) - top) * inverse);
   });
 }
@@ -50,7 +49,7 @@ template <class T>
 void forward(SegmentSoftmax s, Share share) {
   using W = Wide<T>;
   const T* x = static_cast<const T*>(s.values);
-  for_bundles<W>(s.offsets, s.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+  for_bundles<W>(s, share, [&](const auto& bundle) __attribute__((always_inline)) {
     constexpr int kCount = bundle.kCount;
     if constexpr (!bundle.kSegments)
       if (s.dim == 1)
@@ -98,7 +97,7 @@ template <class T>
 void backward(SegmentSoftmax s, Share share) {
   using W = Wide<T>;
   const T *g = static_cast<const T*>(s.grad), *y = static_cast<const T*>(s.out);
-  for_bundles<W>(s.offsets, s.dim, share, [&](const auto& bundle) __attribute__((always_inline)) {
+  for_bundles<W>(s, share, [&](const auto& bundle) __attribute__((always_inline)) {
     constexpr int kCount = bundle.kCount;
     Vec<W> total[kCount] = {};
     for_blocks(bundle.rounds(), [&](int64_t i, int64_t last) __attribute__((always_inline)) {

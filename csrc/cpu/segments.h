@@ -4,9 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
+#include "segment_rows.h"
 #include "tensor.h"
 
 namespace edt {
@@ -21,28 +21,34 @@ class Segments {
   int64_t used() const { return offsets_.back(); }
   int64_t rows() const { return rows_; }
   int64_t dim() const { return dim_; }
-  const int64_t* offsets() const { return offsets_.data(); }
 
-  // visit(first, last, begin, end): columns [begin, end) of segments [first, last). Threads take
-  // equal numbers of rows; what cuts a segment in two cuts its columns.
+  // As kernels see them, without an order.
+  SegmentRows describe() const { return {offsets_.data(), nullptr, rows_, dim_, used()}; }
+
+  // visit(share) of columns. Threads take equal numbers of rows; what cuts a segment in two cuts
+  // its columns.
   template <class F>
   void for_columns(F visit) const {
     torch::stable::parallel_for(0, start(size()), grain(), [&](int64_t begin, int64_t end) {
       const int64_t first = segment_at(begin), last = segment_at(end);
-      if (first == last) return visit(first, first + 1, column(first, begin), column(first, end));
-      visit(first, first + 1, column(first, begin), dim_);
-      visit(first + 1, last, int64_t{0}, dim_);
-      if (last < size()) visit(last, last + 1, int64_t{0}, column(last, end));
+      const auto visit_columns = [&](int64_t p, int64_t q, int64_t from, int64_t to) {
+        visit(Share{p, q, from, to, 0, rows_});
+      };
+      if (first == last)
+        return visit_columns(first, first + 1, column(first, begin), column(first, end));
+      visit_columns(first, first + 1, column(first, begin), dim_);
+      visit_columns(first + 1, last, 0, dim_);
+      if (last < size()) visit_columns(last, last + 1, 0, column(last, end));
     });
   }
 
-  // visit(first, last, begin, end): places [begin, end), those with a segment in [first, last).
+  // visit(share) of places, also of those that are in no segment.
   template <class F>
   void for_places(F visit) const {
     torch::stable::parallel_for(0, rows_, grain(), [&](int64_t begin, int64_t end) {
       const auto first = std::upper_bound(offsets_.begin(), offsets_.end(), begin) - 1;
       const auto last = std::lower_bound(first, offsets_.end() - 1, end);
-      visit(first - offsets_.begin(), last - offsets_.begin(), begin, end);
+      visit(Share{first - offsets_.begin(), last - offsets_.begin(), 0, dim_, begin, end});
     });
   }
 

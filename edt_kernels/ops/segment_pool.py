@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -173,7 +175,8 @@ def segment_pool(
         ValueError: shapes or devices disagree; `offsets` or `order` is malformed; the reduction is
             unknown, or takes no weight.
 
-    Sums run in row order, so a segment has the same bits alone or in any batch.
+    Sums run in an order that the segment alone decides: it has the same bits alone or in any
+    batch, and for any number of threads.
 
     Example:
         >>> import torch, edt_kernels
@@ -207,14 +210,14 @@ def pool_by_id(
 
     Args:
         values: [N, ...], float32, bfloat16, float16 or float64.
-        ids: [N] int64, in any order. A row whose id is not in [0, num_segments) is in no segment:
-            it is never read and its gradient is 0.
+        ids: [N] int64, in any order; fastest where they ascend, as in `batch`. A row whose id is
+            not in [0, num_segments) is in no segment: it is never read and its gradient is 0.
         num_segments: P, the number of segments to return.
         weight: [N], the dtype of `values`, for sum and mean.
         reduce: "mean", "sum", "max" or "min".
 
     Returns:
-        [P, ...] as `segment_pool` returns it: sums run in row order, ties go to the first row.
+        [P, ...] as `segment_pool` returns it for rows in their order: ties go to the first row.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -244,7 +247,7 @@ def _reduce(
         pool = _SegmentPool.apply if needs_grad(values, weight) else _pool
         return pool(values, offsets, order, weight, reduce == "mean")
     if weight is not None or (reduce != "max" and reduce != "min"):
-        raise ValueError(f"reduce={reduce!r} is unknown or takes no weight")
+        raise ValueError("reduce")  # the checks of the public functions say it well
     if needs_grad(values):
         return _SegmentExtreme.apply(values, offsets, order, reduce == "max")
     return _extreme(values, offsets, order, reduce == "max")[0]
@@ -278,7 +281,7 @@ def _check_ids(
     _check_values(values, weight, reduce)
     _check.tensor("ids", ids, dims=1, dtypes=(torch.int64,))
     _per_row("ids", ids, values)
-    if not isinstance(num_segments, (int, torch.SymInt)):
+    if not isinstance(num_segments, (Integral, torch.SymInt)):
         raise TypeError(f"num_segments must be an int, got {type(num_segments).__name__}")
     if num_segments < 0:
         raise ValueError(f"num_segments must be at least 0, got {num_segments}")
