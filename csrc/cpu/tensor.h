@@ -4,6 +4,7 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -19,11 +20,11 @@ namespace edt {
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// malloc maps blocks of 32 MiB and more afresh for every tensor. The page faults of the first write
-// then cost more than a copy of the whole; huge pages are 512 times fewer. NumPy asks likewise.
+// Fresh memory of some size is mapped anew, and the page faults of its first write cost more than
+// most kernels; huge pages are 512 times fewer. NumPy asks likewise.
 inline void ask_for_huge_pages(const Tensor& x) {
 #ifdef __linux__
-  constexpr int64_t kLeast = 32 << 20, kPage = 4096;
+  constexpr int64_t kLeast = 4 << 20, kPage = 4096;
   const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
   if (bytes < kLeast) return;
   char* const data = static_cast<char*>(x.data_ptr());

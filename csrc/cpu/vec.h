@@ -126,10 +126,27 @@ EDT_INLINE V max(V a, V b) {
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
+// GCC 12 converts vectors of 512 bits in halves.
+EDT_INLINE Words to_words(Halves x) {
+#if defined(EDT_ISA_avx512)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, Words);
+#endif
+}
+
+EDT_INLINE Halves to_halves(Words x) {
+#if defined(EDT_ISA_avx512)
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, Halves);
+#endif
+}
+
 EDT_INLINE Vec<float> load(const BFloat16* from) {
   Halves bits;
   __builtin_memcpy(&bits, from, sizeof bits);
-  return (Vec<float>)(__builtin_convertvector(bits, Words) << 16);
+  return (Vec<float>)(to_words(bits) << 16);
 }
 
 // Rounds to nearest, ties to even.
@@ -137,7 +154,7 @@ EDT_INLINE void store(BFloat16* to, Vec<float> x) {
   const Words bits = (Words)x;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words quiet_nan = Words{} + 0x7fc0;
-  const Halves out = __builtin_convertvector((Words)(x == x ? rounded : quiet_nan), Halves);
+  const Halves out = to_halves((Words)(x == x ? rounded : quiet_nan));
   __builtin_memcpy(to, &out, sizeof out);
 }
 

@@ -2,48 +2,97 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import define, needs_grad, second_order
+from edt_kernels._library import define, kernel_checks, needs_grad, second_order
+from edt_kernels.reference.segment_pool import source_dtype
 
 REDUCTIONS = ("mean", "sum", "max", "min")
 
 
 def _fake(
-    values: Tensor, offsets: Tensor, order: Tensor | None, weight: Tensor | None, reduce: str
-) -> tuple[Tensor, Tensor]:
-    shape = (offsets.shape[0] - 1, *values.shape[1:])
-    source = shape if reduce in ("max", "min") else (0,)
-    return values.new_empty(shape), offsets.new_empty(source, dtype=torch.int64)
+    values: Tensor, offsets: Tensor, order: Tensor | None, weight: Tensor | None, mean: bool
+) -> Tensor:
+    return values.new_empty(offsets.shape[0] - 1, *values.shape[1:])
 
 
 def _fake_bwd(
     grad: Tensor,
-    values: Tensor | None,
     offsets: Tensor,
     order: Tensor | None,
     weight: Tensor | None,
-    source: Tensor,
     rows: int,
-    reduce: str,
+    mean: bool,
+) -> Tensor:
+    return grad.new_empty(rows, *grad.shape[1:])
+
+
+def _fake_weight_bwd(
+    grad: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    order: Tensor | None,
+    weight: Tensor,
+    mean: bool,
+) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+def _fake_extreme(
+    values: Tensor, offsets: Tensor, order: Tensor | None, largest: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_weight = grad.new_empty(0 if weight is None else rows)
-    return grad.new_empty(rows, *grad.shape[1:]), grad_weight
+    out = values.new_empty(offsets.shape[0] - 1, *values.shape[1:])
+    return out, torch.empty_like(out, dtype=source_dtype(values.dtype))
 
 
-_segment_pool = define(
-    "segment_pool(Tensor values, Tensor offsets, Tensor? order, Tensor? weight, str reduce)"
-    " -> (Tensor, Tensor)",
+def _fake_extreme_bwd(
+    grad: Tensor, source: Tensor, offsets: Tensor, order: Tensor | None, rows: int
+) -> Tensor:
+    return grad.new_empty(rows, *grad.shape[1:])
+
+
+def _fake_sort_ids(ids: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+    return ids.new_empty(ids.shape), ids.new_empty(segments + 1)
+
+
+_pool = define(
+    "segment_pool(Tensor values, Tensor offsets, Tensor? order, Tensor? weight, bool mean)"
+    " -> Tensor",
     reference=reference.segment_pool,
     fake=_fake,
 )
-_segment_pool_bwd = define(
-    "segment_pool_bwd(Tensor grad, Tensor? values, Tensor offsets, Tensor? order, Tensor? weight,"
-    " Tensor source, SymInt rows, str reduce) -> (Tensor, Tensor)",
+_pool_bwd = define(
+    "segment_pool_bwd(Tensor grad, Tensor offsets, Tensor? order, Tensor? weight, SymInt rows,"
+    " bool mean) -> Tensor",
     reference=reference.segment_pool_bwd,
     fake=_fake_bwd,
+)
+_weight_bwd = define(
+    "segment_pool_weight_bwd(Tensor grad, Tensor values, Tensor offsets, Tensor? order,"
+    " Tensor weight, bool mean) -> Tensor",
+    reference=reference.segment_pool_weight_bwd,
+    fake=_fake_weight_bwd,
+)
+_extreme = define(
+    "segment_extreme(Tensor values, Tensor offsets, Tensor? order, bool largest)"
+    " -> (Tensor, Tensor)",
+    reference=reference.segment_extreme,
+    fake=_fake_extreme,
+)
+_extreme_bwd = define(
+    "segment_extreme_bwd(Tensor grad, Tensor source, Tensor offsets, Tensor? order, SymInt rows)"
+    " -> Tensor",
+    reference=reference.segment_extreme_bwd,
+    fake=_fake_extreme_bwd,
+)
+_sort_ids = define(
+    "sort_ids(Tensor ids, SymInt segments) -> (Tensor, Tensor)",
+    reference=reference.sort_ids,
+    fake=_fake_sort_ids,
 )
 
 
@@ -55,20 +104,42 @@ class _SegmentPool(torch.autograd.Function):
         offsets: Tensor,
         order: Tensor | None,
         weight: Tensor | None,
-        reduce: str,
+        mean: bool,
     ) -> Tensor:
-        out, source = _segment_pool(values, offsets, order, weight, reduce)
-        # Without a weight the gradient does not depend on the values: they are not kept.
-        kept = None if weight is None else values
-        ctx.save_for_backward(kept, offsets, order, weight, source)
-        ctx.rows, ctx.reduce = values.shape[0], reduce
+        # The values are kept for the gradient of the weight alone.
+        kept = values if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(kept, offsets, order, weight)
+        ctx.rows, ctx.mean = values.shape[0], mean
+        return _pool(values, offsets, order, weight, mean)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, *places, weight = ctx.saved_tensors
+        twice = second_order()
+        of_values = of_weight = None
+        if ctx.needs_input_grad[0]:
+            bwd = reference.segment_pool_bwd if twice else _pool_bwd
+            of_values = bwd(grad, *places, weight, ctx.rows, ctx.mean)
+        if ctx.needs_input_grad[3]:
+            bwd = reference.segment_pool_weight_bwd if twice else _weight_bwd
+            of_weight = bwd(grad, values, *places, weight, ctx.mean)
+        return of_values, None, None, of_weight, None
+
+
+class _SegmentExtreme(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, values: Tensor, offsets: Tensor, order: Tensor | None, largest: bool
+    ) -> Tensor:
+        out, source = _extreme(values, offsets, order, largest)
+        ctx.save_for_backward(source, offsets, order)
+        ctx.rows = values.shape[0]
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        bwd = reference.segment_pool_bwd if second_order() else _segment_pool_bwd
-        grad_values, grad_weight = bwd(grad, *ctx.saved_tensors, ctx.rows, ctx.reduce)
-        return grad_values, None, None, grad_weight if ctx.needs_input_grad[3] else None, None
+        bwd = reference.segment_extreme_bwd if second_order() else _extreme_bwd
+        return bwd(grad, *ctx.saved_tensors, ctx.rows), None, None, None
 
 
 def segment_pool(
@@ -104,7 +175,8 @@ def segment_pool(
         ValueError: shapes or devices disagree; `offsets` or `order` is malformed; the reduction is
             unknown, or takes no weight.
 
-    Sums run in row order, so a segment has the same bits alone or in any batch.
+    Sums run in an order that the segment alone decides: it has the same bits alone or in any
+    batch, and for any number of threads.
 
     Example:
         >>> import torch, edt_kernels
@@ -114,27 +186,15 @@ def segment_pool(
                 [0.],
                 [5.]])
     """
-    _check.tensor("values", values)
-    _check.rows("values", values)
-    _check.offsets("offsets", offsets, values)
-    _check.choice("reduce", reduce, REDUCTIONS)
-    if order is not None:
-        _check.tensor("order", order, dims=1, dtypes=(torch.int64,))
-        _per_row("order", order, values)
-    if weight is not None:
-        if reduce in ("max", "min"):
-            raise ValueError(f"weight must be None for reduce={reduce!r}, got a tensor")
-        _check.tensor("weight", weight, dims=1)
-        _check.same_dtype("weight", weight, values)
-        _per_row("weight", weight, values)
+    if not kernel_checks(values):
+        _check_arguments(values, offsets, order, weight, reduce)
     try:
-        if needs_grad(values, weight):
-            return _SegmentPool.apply(values, offsets, order, weight, reduce)
-        return _segment_pool(values, offsets, order, weight, reduce)[0]
-    except RuntimeError:
+        return _reduce(values, offsets, order, weight, reduce)
+    except Exception:
+        _check_arguments(values, offsets, order, weight, reduce)
         _check.offsets_content("offsets", offsets, values.shape[0])
         if order is not None:
-            _order_content(order, offsets)
+            _check_order_content(order, offsets)
         raise
 
 
@@ -150,14 +210,14 @@ def pool_by_id(
 
     Args:
         values: [N, ...], float32, bfloat16, float16 or float64.
-        ids: [N] int64, in any order. A row whose id is not in [0, num_segments) is in no segment:
-            it is never read and its gradient is 0.
+        ids: [N] int64, in any order; fastest where they ascend, as in `batch`. A row whose id is
+            not in [0, num_segments) is in no segment: it is never read and its gradient is 0.
         num_segments: P, the number of segments to return.
         weight: [N], the dtype of `values`, for sum and mean.
         reduce: "mean", "sum", "max" or "min".
 
     Returns:
-        [P, ...] as `segment_pool` returns it: sums run in row order, ties go to the first row.
+        [P, ...] as `segment_pool` returns it for rows in their order: ties go to the first row.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -169,16 +229,62 @@ def pool_by_id(
         >>> edt_kernels.pool_by_id(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 0, 1]), 2)
         tensor([2., 2.])
     """
+    if not kernel_checks(values):
+        _check_ids(values, ids, num_segments, weight, reduce)
+    try:
+        order, offsets = _sort_ids(ids, num_segments)
+        return _reduce(values, offsets, order, weight, reduce)
+    except Exception:
+        _check_ids(values, ids, num_segments, weight, reduce)
+        raise
+
+
+def _reduce(
+    values: Tensor, offsets: Tensor, order: Tensor | None, weight: Tensor | None, reduce: str
+) -> Tensor:
+    """`segment_pool` of arguments that were checked, or that the kernel will check."""
+    if reduce == "mean" or reduce == "sum":
+        pool = _SegmentPool.apply if needs_grad(values, weight) else _pool
+        return pool(values, offsets, order, weight, reduce == "mean")
+    if weight is not None or (reduce != "max" and reduce != "min"):
+        raise ValueError("reduce")  # the checks of the public functions say it well
+    if needs_grad(values):
+        return _SegmentExtreme.apply(values, offsets, order, reduce == "max")
+    return _extreme(values, offsets, order, reduce == "max")[0]
+
+
+def _check_values(values: object, weight: object, reduce: object) -> None:
     _check.tensor("values", values)
     _check.rows("values", values)
+    _check.choice("reduce", reduce, REDUCTIONS)
+    if weight is not None:
+        if reduce in ("max", "min"):
+            raise ValueError(f"weight must be None for reduce={reduce!r}, got a tensor")
+        _check.tensor("weight", weight, dims=1)
+        _check.same_dtype("weight", weight, values)
+        _per_row("weight", weight, values)
+
+
+def _check_arguments(
+    values: object, offsets: object, order: object, weight: object, reduce: object
+) -> None:
+    _check_values(values, weight, reduce)
+    _check.offsets("offsets", offsets, values)
+    if order is not None:
+        _check.tensor("order", order, dims=1, dtypes=(torch.int64,))
+        _per_row("order", order, values)
+
+
+def _check_ids(
+    values: object, ids: object, num_segments: object, weight: object, reduce: object
+) -> None:
+    _check_values(values, weight, reduce)
     _check.tensor("ids", ids, dims=1, dtypes=(torch.int64,))
     _per_row("ids", ids, values)
+    if not isinstance(num_segments, (Integral, torch.SymInt)):
+        raise TypeError(f"num_segments must be an int, got {type(num_segments).__name__}")
     if num_segments < 0:
         raise ValueError(f"num_segments must be at least 0, got {num_segments}")
-    inside = (ids >= 0) & (ids < num_segments)
-    ids, order = ids.where(inside, num_segments).sort(stable=True)
-    offsets = torch.searchsorted(ids, torch.arange(num_segments + 1, device=ids.device))
-    return segment_pool(values, offsets, order=order, weight=weight, reduce=reduce)
 
 
 def _per_row(name: str, value: Tensor, values: Tensor) -> None:
@@ -191,7 +297,7 @@ def _per_row(name: str, value: Tensor, values: Tensor) -> None:
     _check.same_device(name, value, values)
 
 
-def _order_content(order: Tensor, offsets: Tensor) -> None:
+def _check_order_content(order: Tensor, offsets: Tensor) -> None:
     """Raise for the first entry of `order` that is out of range or comes twice."""
     seen = {}
     for i, row in enumerate(order[: int(offsets[-1])].tolist()):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import define, needs_grad, second_order
+from edt_kernels._library import define, kernel_checks, needs_grad, second_order
 
 
 def _fake(values: Tensor, offsets: Tensor) -> Tensor:
@@ -69,13 +69,19 @@ def segment_softmax(values: Tensor, offsets: Tensor) -> Tensor:
         >>> edt_kernels.segment_softmax(torch.zeros(3), torch.tensor([0, 2, 3]))
         tensor([0.5000, 0.5000, 1.0000])
     """
-    _check.tensor("values", values)
-    _check.rows("values", values)
-    _check.offsets("offsets", offsets, values)
+    if not kernel_checks(values):
+        _check_arguments(values, offsets)
     try:
         if needs_grad(values):
             return _SegmentSoftmax.apply(values, offsets)
         return _segment_softmax(values, offsets)
-    except RuntimeError:
+    except Exception:
+        _check_arguments(values, offsets)
         _check.offsets_content("offsets", offsets, values.shape[0])
         raise
+
+
+def _check_arguments(values: object, offsets: object) -> None:
+    _check.tensor("values", values)
+    _check.rows("values", values)
+    _check.offsets("offsets", offsets, values)
