@@ -65,11 +65,13 @@ def assert_good(values, offsets):
     exact = with_grad(oracle, values.double(), offsets)
     peer = with_grad(oracle, values, offsets)
     ours = with_grad(segment_softmax, values, offsets)
-    for mine, theirs, truth in zip(ours, peer, exact, strict=True):
+    # y and y (|g| + sum y |g|), |g| at most 2: rounded to the dtype, and in float32 before.
+    for mine, theirs, truth, size in zip(ours, peer, exact, (1, 4), strict=True):
         if mine.dtype == torch.float64:
             torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
         else:
-            assert_within_budget(mine, theirs, truth, eps=torch.finfo(mine.dtype).eps)
+            eps = torch.finfo(mine.dtype).eps + 4 * torch.finfo(torch.float32).eps
+            assert_within_budget(mine, theirs, truth, eps=eps * size)
 
 
 @pytest.mark.parametrize("shape", [(), (12,)], ids=str)
