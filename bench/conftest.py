@@ -73,10 +73,10 @@ def machine(book: Book) -> Machine:
 
 
 @pytest.fixture(scope="session")
-def caveats(machine):
+def caveats():
     """Why a loop of `published.py` is no baseline here; "" where it is one."""
     return {
-        function: published.caveat(function, machine)
+        function: published.caveat(function)
         for function in (published.group_ids, published.pool_by_patch)
     }
 

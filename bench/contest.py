@@ -279,10 +279,16 @@ def play(
 
     neighbours = Neighbours()
     steps: dict[str, Callable[[], object]] = {c.name: c.step for c in ready}
-    seconds = interleave({**steps, "copy": lambda: target.copy_(source)}, budget=budget)
+    # All threads win where there is much to copy, one where it is over before the others wake.
+    copies: dict[str, Callable[[], object]] = {
+        "copy by all threads": lambda: target.copy_(source),
+        "copy by one thread": lambda: np.copyto(target.numpy(), source.numpy()),
+    }
+    seconds = interleave({**steps, **copies}, budget=budget)
     others = neighbours.share()
 
-    copy, compute = statistics.median(seconds["copy"]), work.flops / machine.products[dtype]
+    copy = min(statistics.median(seconds[name]) for name in copies)
+    compute = work.flops / machine.products[dtype]
     entries = {
         c.name: Entry(
             c.name,

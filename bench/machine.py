@@ -18,7 +18,7 @@ BUSY = 0.1
 """Share of the cores in use by other processes from which on times are not to be trusted."""
 
 _COPIED = 1 << 28  # bytes read and bytes written, far beyond any cache level that a core owns
-_SIDE = 2048  # of the matrix product, as in the record that `published.py` compares with
+PRODUCT_SIDE = 2048  # of the matrix product, as in the record that `published.py` compares with
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def measure() -> Machine:
     load = load_average()
     source = torch.zeros(_COPIED // 4)
     target = torch.zeros_like(source)
-    copy = 2 * _COPIED / median_seconds(lambda: target.copy_(source))
+    copy = 2 * _COPIED / _median(lambda: target.copy_(source))
     products = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = torch.randn(2, _SIDE, _SIDE, dtype=dtype)
-        products[name] = 2 * _SIDE**3 / median_seconds(lambda a=a, b=b: a @ b)
+        a, b = torch.randn(2, PRODUCT_SIDE, PRODUCT_SIDE, dtype=dtype)
+        products[name] = 2 * PRODUCT_SIDE**3 / _median(lambda a=a, b=b: a @ b)
     return Machine(
         _cpu(),
         os.cpu_count() or 1,
@@ -73,7 +73,7 @@ def measure() -> Machine:
     )
 
 
-def median_seconds(step: Callable[[], object], rounds: int = 9) -> float:
+def _median(step: Callable[[], object], rounds: int = 9) -> float:
     """Median time of a call, after one that is not timed."""
     step()
     seconds = []

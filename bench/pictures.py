@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
+from math import floor, log10
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -13,31 +15,34 @@ from bench.contest import Outcome
 
 # Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
 OURS, THEIRS, CEILING, RECORDED = "#0072B2", "#BBBBBB", "#D55E00", "#E69F00"
+COLUMNS = 4
 CUT = 12
 """A bar more than this many times ours is cut, and says so."""
 
 
 def contests(op: str, outcomes: Sequence[Outcome], file: Path) -> None:
-    """A panel per contest: cases downwards, dtypes and modes from left to right."""
+    """A panel per contest: a row per case; or, of one kind only, as many cases as fit in a row."""
     cases = list(dict.fromkeys(o.case for o in outcomes))
     kinds = sorted({(o.dtype != "fp32", o.dtype, o.mode) for o in outcomes})
     places = {(o.case, o.dtype, o.mode): o for o in outcomes}
-    bars = [max(_drawn(o) for o in outcomes if o.case == case) for case in cases]
+    grid = [[places.get((case, dtype, mode)) for _, dtype, mode in kinds] for case in cases]
+    if len(kinds) == 1:
+        grid = [list(outcomes[n : n + COLUMNS]) for n in range(0, len(outcomes), COLUMNS)]
+    columns = max(map(len, grid))
+    bars = [max(_drawn(outcome) for outcome in row if outcome) for row in grid]
     figure = Figure(
-        figsize=(4.6 * len(kinds) + 0.2, sum(0.27 * n + 0.85 for n in bars) + 0.7),
+        figsize=(4.6 * columns + 0.2, sum(0.27 * n + 0.85 for n in bars) + 0.9),
         layout="constrained",
     )
-    axes = figure.subplots(len(cases), len(kinds), squeeze=False, height_ratios=bars)
-    for row, case in zip(axes, cases, strict=True):
-        for ax, (_, dtype, mode) in zip(row, kinds, strict=True):
-            outcome = places.get((case, dtype, mode))
+    axes = figure.subplots(len(grid), columns, squeeze=False, height_ratios=bars)
+    for panels, row in zip(axes, grid, strict=True):
+        for ax, outcome in zip_longest(panels, row):
             if outcome is None:
                 ax.axis("off")
             else:
                 _panel(ax, outcome)
     figure.suptitle(
-        f"{op}: time and, in brackets, times the time of edt_kernels; "
-        "the line is the ceiling of this machine",
+        f"{op}\nin brackets: times the time of edt_kernels; line: ceiling of this machine",
         fontsize=11,
     )
     figure.savefig(file, dpi=110)
@@ -51,7 +56,7 @@ def calls(calls: Sequence[Call], file: Path) -> None:
         for value, shift, colour in ((call.plain, -0.2, OURS), (call.recorded, 0.2, RECORDED)):
             if value is not None:
                 ax.barh(y + shift, value, 0.36, color=colour)
-                ax.annotate(f" {value:.1f}", (value, y + shift), va="center", fontsize=8)
+                _label(ax, f"{value:.1f}", value, y + shift)
     ax.barh(0, 0, color=OURS, label="without gradient")
     ax.barh(0, 0, color=RECORDED, label="with gradient recorded")
     for name, colour in (("plain", OURS), ("recorded", RECORDED)):
@@ -80,13 +85,10 @@ def _panel(ax: Axes, outcome: Outcome) -> None:
         hatch = "///" if entry.aside else None
         colour = OURS if y == 0 else THEIRS
         ax.barh(y, scale * width, 0.72, color=colour, hatch=hatch, edgecolor="white")
-        label = f" {_figure(scale * entry.median)}"
+        label = _figure(scale * entry.median)
         if entry.ratio is not None:
-            digits = 1 if entry.ratio.value < 100 else 0
-            label += f" ({entry.ratio.value:.{digits}f}x)" + ("*" if entry.note else "")
-        if entry.median > limit:
-            label = f" ≫{label}"
-        ax.annotate(label, (scale * width, y), va="center", fontsize=8)
+            label += f" ({_figure(entry.ratio.value)}x)" + ("*" if entry.note else "")
+        _label(ax, f"≫ {label}" if entry.median > limit else label, scale * width, y)
     ax.axvline(scale * outcome.ceiling, color=CEILING, linewidth=1.6)
     ax.set_yticks(range(len(entries)), [e.name for e in entries], fontsize=8)
     ax.invert_yaxis()
@@ -97,6 +99,13 @@ def _panel(ax: Axes, outcome: Outcome) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def _label(ax: Axes, text: str, x: float, y: float) -> None:
+    """Behind the end of a bar, on white, so that no line runs through it."""
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    place = {"xytext": (3, 0), "textcoords": "offset points"}
+    ax.annotate(text, (x, y), va="center", fontsize=8, bbox=white, **place)
+
+
 def _figure(value: float) -> str:
-    """Three digits at least, no exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    """Three digits, no exponent."""
+    return f"{value:.{max(0, 2 - floor(log10(value)))}f}" if value < 100 else f"{value:.0f}"

@@ -97,7 +97,7 @@ def _table(op: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
     first = max(len(o.title) for o in outcomes) + 2
     head = "  ".join(h.rjust(w) for h, w in zip(heads, widths, strict=True))
     yield f"{'':{first}}  {'ms':>9}  of ceiling    error  {head}"
-    notes: dict[str, None] = {}
+    notes: dict[tuple[str, str], list[str]] = {}
     for outcome in outcomes:
         entries = list(outcome.entries.values())
         ours, named = entries[0], {e.name: e for e in entries[1:]}
@@ -105,7 +105,8 @@ def _table(op: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
         for name, width in zip(peers, widths, strict=True):
             cells.append(_cell(named.get(name)).rjust(width))
             if name in named and named[name].note:
-                notes[f"* {name}: {named[name].note}"] = None
+                kind = named[name].note.split(":")[0]
+                notes.setdefault((name, kind), []).append(named[name].note)
         mark = "!" if (outcome.others or 0) > BUSY else " "
         line = (
             f"{outcome.title:{first}}{mark} {1e3 * ours.median:9.3f}  "
@@ -115,7 +116,8 @@ def _table(op: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
         yield line.rstrip()
         for name, value in outcome.extra.items():
             yield f"    {name}: {value:,.0f}"
-    yield from notes
+    for (name, _), said in notes.items():
+        yield f"* {name}: {said[0]}" + (f" (so in {len(said)} contests)" if said[1:] else "")
 
 
 def _cell(entry: Entry | None) -> str:

@@ -14,7 +14,7 @@ from bench.workloads import SMALL, rows
 VOCABULARIES = {
     "C-S, V=38": (int(SMALL.atoms.sum()), 38),
     "4096 molecules, V=38": (4096 * 30, 38),
-    "512 rows, V=32000": (512, 32000),
+    "128 rows, V=32000": (128, 32000),
 }
 
 

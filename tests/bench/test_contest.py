@@ -225,7 +225,7 @@ def test_a_published_loop_counts_within_a_factor():
 def test_without_the_record_no_loop_counts(monkeypatch):
     monkeypatch.delenv("EDT_SHARED", raising=False)
     published._record.cache_clear()
-    assert "EDT_SHARED" in published.caveat(published.group_ids, MACHINE)
+    assert "EDT_SHARED" in published.caveat(published.group_ids)
     published._record.cache_clear()
 
 
