@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from edt_former.chem.features import FEATURES_ID
+from edt_former.graph.batch import FEATURE_SCHEMES, OGB
 
 TRAIN_EMBEDDINGS = ("new_rows", "all", "none")
 
@@ -32,7 +32,7 @@ class MoleculeConfig(PretrainedConfig):
         features: the scheme of atom and bond features that the graph encoder reads.
 
     Raises:
-        ValueError: an unknown `train_embeddings` or another scheme of features.
+        ValueError: an unknown `train_embeddings` or scheme of features.
 
     Example:
         >>> from edt_former.config import MoleculeConfig
@@ -56,14 +56,15 @@ class MoleculeConfig(PretrainedConfig):
         mol_token_id: int | None = None,
         new_token_ids: Sequence[int] = (),
         train_embeddings: str = "new_rows",
-        features: str = FEATURES_ID,
+        features: str = OGB,
         **kwargs: Any,
     ) -> None:
         if train_embeddings not in TRAIN_EMBEDDINGS:
             allowed = ", ".join(map(repr, TRAIN_EMBEDDINGS))
             raise ValueError(f"train_embeddings must be one of {allowed}, got {train_embeddings!r}")
-        if features != FEATURES_ID:
-            raise ValueError(f"features must be {FEATURES_ID!r}, got {features!r}")
+        if features not in FEATURE_SCHEMES:
+            known = ", ".join(map(repr, FEATURE_SCHEMES))
+            raise ValueError(f"features must be one of {known}, got {features!r}")
         if isinstance(text_config, Mapping):
             options = dict(text_config)
             text_config = AutoConfig.for_model(options.pop("model_type"), **options)

@@ -104,6 +104,11 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         self._input_scale: float | None = None
         self.frozen_parts: dict[str, FrozenPart] = {}
         _check_widths(graph_encoder, connector, self.get_input_embeddings())
+        if graph_encoder.features != config.features:
+            raise ValueError(
+                f"config.features must be what the graph encoder reads, "
+                f"{graph_encoder.features!r}, got {config.features!r}"
+            )
         self._make_new_rows()
         self._freeze()
         self.generation_config = language_model.generation_config
@@ -151,6 +156,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             mol_token_id=tokenizer.convert_tokens_to_ids(mol_token),
             new_token_ids=tokenizer.convert_tokens_to_ids(list(new_tokens)),
             train_embeddings=train_embeddings,
+            features=graph_encoder.features,
         )
         model = cls(
             config,
@@ -160,7 +166,12 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             predictor=predictor,
         )
         model.processor = MoleculeProcessor(
-            tokenizer, connector, predictor, mol_token=mol_token, max_length=model.max_positions
+            tokenizer,
+            connector,
+            predictor,
+            mol_token=mol_token,
+            max_length=model.max_positions,
+            features=config.features,
         )
         return model
 
@@ -337,7 +348,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             ValueError: a molecule cannot be read.
         """
         read = read_all(molecules)
-        graph = GraphBatch.pack(read).to(self.device)
+        graph = GraphBatch.pack(read, features=self.config.features).to(self.device)
         options = self.connector.patch_options
         return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
 

@@ -31,6 +31,7 @@ from edt_former.chem import (
 from edt_former.config import MoleculeConfig
 from edt_former.connectors import Connector, make_connector
 from edt_former.graph import GraphBatch
+from edt_former.graph.batch import OGB
 from edt_former.language.frozen import load_part, write_json
 from edt_former.language.manifest import Manifest
 from edt_former.language.prompt import Message, ask, render
@@ -199,6 +200,7 @@ class MoleculeProcessor:
         mol_token: the text that marks one molecule.
         max_length: longest row in tokens, molecules included; None for no limit.
         cache_size: molecules whose patches are remembered, the least recently used go first.
+        features: the scheme of atom and bond features that the graph encoder reads.
 
     Raises:
         ValueError: the connector reads entropy patches and there is no predictor.
@@ -220,6 +222,7 @@ class MoleculeProcessor:
         mol_token: str = "<mol>",
         max_length: int | None = None,
         cache_size: int = 65_536,
+        features: str = OGB,
     ) -> None:
         config = connector.config if isinstance(connector, Connector) else connector
         with torch.device("meta"):
@@ -237,6 +240,7 @@ class MoleculeProcessor:
         self.mol_token_id = tokenizer.convert_tokens_to_ids(mol_token)
         self.max_length = max_length
         self.cache_size = cache_size
+        self.features = features
         self._cache: OrderedDict[str, dict[str, list[int]]] = OrderedDict()
 
     def __call__(
@@ -277,7 +281,7 @@ class MoleculeProcessor:
         marks = [ids.count(self.mol_token_id) for ids in prompts]
         sources = _by_mark(molecules, marks, self.mol_token)
         read = read_all(sources, selfies=selfies)
-        graph = GraphBatch.pack(read)
+        graph = GraphBatch.pack(read, features=self.features)
         patches, sizes = self._patches(read, graph)
 
         rows = _expanded(prompts, self.mol_token_id, sizes)
@@ -355,6 +359,7 @@ class MoleculeProcessor:
             "processor_class": type(self).__name__,
             "mol_token": self.mol_token,
             "max_length": self.max_length,
+            "features": self.features,
             "connector_config": self._connector.config,
             "predictor": self.predictor is not None,
         }
@@ -389,7 +394,8 @@ class MoleculeProcessor:
             predictor = Manifest.read(folder).folder("predictor")
         if isinstance(predictor, Path | str):
             predictor = load_part(NextAtomPredictor, predictor)
-        options = {"mol_token": content["mol_token"], "max_length": content["max_length"]}
+        names = ("mol_token", "max_length", "features")
+        options = {name: content[name] for name in names if name in content}
         return cls(tokenizer, config, predictor, **options)
 
     @property

@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from rdkit import Chem
 
-from edt_former.chem import ATOM_FEATURE_SIZES, BOND_FEATURE_SIZES, FEATURES_ID, read_molecule
+from edt_former.chem import (
+    ATOM_FEATURE_SIZES,
+    BOND_FEATURE_SIZES,
+    FEATURES_ID,
+    PRETRAIN_FEATURES_ID,
+    read_molecule,
+)
 from edt_former.chem.features import atom_features, bond_features
 
 # Columns: element - 1, chirality, degree, charge + 5, hydrogens, radicals, hybridisation (sp 0,
@@ -105,3 +113,69 @@ def test_no_bonds_and_no_atoms_keep_shapes_and_types():
 def test_the_scheme_has_a_name():
     assert FEATURES_ID == "ogb-9-3"
     assert (sum(ATOM_FEATURE_SIZES), sum(BOND_FEATURE_SIZES)) == (173, 13)
+
+
+class TestPretrainFeatures:
+    """The two features per atom and bond of pretrain-gnns."""
+
+    @staticmethod
+    def bonds(smiles: str) -> dict[tuple[int, int], list[int]]:
+        molecule = read_molecule(smiles)
+        _, features = molecule.features(PRETRAIN_FEATURES_ID)
+        return dict(zip(map(tuple, molecule.bond_index.T.tolist()), features.tolist(), strict=True))
+
+    @pytest.mark.parametrize(
+        ("smiles", "expected"),
+        [
+            pytest.param("CO", [[5, 0], [7, 0]], id="no tag"),
+            pytest.param("C[C@@H](N)O", [[5, 0], [5, 1], [6, 0], [7, 0]], id="clockwise"),
+            pytest.param("C[C@H](N)O", [[5, 0], [5, 2], [6, 0], [7, 0]], id="counterclockwise"),
+            pytest.param("*", [[118, 0]], id="wildcard"),
+            pytest.param("[Og]", [[117, 0]], id="last element"),
+        ],
+    )
+    def test_atoms(self, smiles, expected):
+        atoms, _ = read_molecule(smiles).features(PRETRAIN_FEATURES_ID)
+        assert sorted(atoms.tolist()) == sorted(expected)
+
+    def test_a_tag_without_a_row_reads_as_none(self):
+        atoms, _ = read_molecule("F[P@TB1](Cl)(Br)(I)C").features(PRETRAIN_FEATURES_ID)
+        assert not atoms[:, 1].any()
+
+    @pytest.mark.parametrize(
+        ("smiles", "kind"),
+        [("CC", 0), ("C=C", 1), ("C#C", 2), ("N->[Pt]", 0)],
+        ids=["single", "double", "triple", "dative"],
+    )
+    def test_types(self, smiles, kind):
+        assert self.bonds(smiles) == {(0, 1): [kind, 0], (1, 0): [kind, 0]}
+
+    def test_aromatic_bonds(self):
+        assert set(map(tuple, self.bonds("c1ccccc1").values())) == {(3, 0)}
+
+    def test_directions_are_those_of_the_canonical_smiles(self):
+        assert read_molecule("C(\\C)=C\\C").smiles == "C/C=C\\C"
+        bonds = self.bonds("C(\\C)=C\\C")
+        assert (bonds[0, 1], bonds[1, 2], bonds[2, 3]) == ([0, 1], [1, 0], [0, 2])
+        assert all(bonds[i, j] == bonds[j, i] for i, j in bonds)
+
+    def test_graph_data_without_smiles_has_no_directions(self):
+        plain = dataclasses.replace(read_molecule("CC=O"), smiles="")
+        expected = read_molecule("CC=O").features(PRETRAIN_FEATURES_ID)
+        for found, wanted in zip(plain.features(PRETRAIN_FEATURES_ID), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        sided = dataclasses.replace(read_molecule("C/C=C/C"), smiles="")
+        with pytest.raises(ValueError, match="double bond with a side need a molecule's SMILES"):
+            sided.features(PRETRAIN_FEATURES_ID)
+
+    def test_atoms_without_bonds(self):
+        atoms, bonds = read_molecule("[Na+]").features(PRETRAIN_FEATURES_ID)
+        assert atoms.tolist() == [[10, 0]] and bonds.shape == (0, 2)
+
+    def test_schemes(self):
+        molecule = read_molecule("CO")
+        assert molecule.features(FEATURES_ID) == (molecule.atom_features, molecule.bond_features)
+        with pytest.raises(
+            ValueError, match="scheme must be 'ogb-9-3' or 'pretrain-gnns-2-2', got"
+        ):
+            molecule.features("ecfp")

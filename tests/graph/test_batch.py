@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from edt_former.chem import read_molecules
+from edt_former.chem import FEATURES_ID, PRETRAIN_FEATURES_ID, read_molecules
 from edt_former.graph import GraphBatch
+from edt_former.graph.batch import FEATURE_SCHEMES
 
 NO_ATOMS = SimpleNamespace(
     atom_features=np.zeros((0, 9), np.int64),
@@ -76,3 +77,17 @@ def test_to_moves_every_tensor():
     batch = GraphBatch.pack(MOLECULES).to("meta")
     assert {t.device.type for t in vars(batch).values()} == {"meta"}
     assert batch.num_molecules == len(MOLECULES)
+
+
+def test_features_of_another_scheme():
+    batch = GraphBatch.pack(MOLECULES, features=PRETRAIN_FEATURES_ID)
+    usual = GraphBatch.pack(MOLECULES)
+    assert (batch.features, usual.features) == (PRETRAIN_FEATURES_ID, FEATURES_ID)
+    assert batch.atom_features.shape == (batch.num_atoms, 2)
+    assert batch.bond_features.shape == (batch.bond_index.shape[1], 2)
+    for name in ("bond_index", "bond_offsets", "offsets", "elements"):
+        assert torch.equal(getattr(batch, name), getattr(usual, name)), name
+    assert GraphBatch.pack([], features=PRETRAIN_FEATURES_ID).features == PRETRAIN_FEATURES_ID
+    assert list(FEATURE_SCHEMES) == [FEATURES_ID, PRETRAIN_FEATURES_ID]
+    with pytest.raises(ValueError, match=r"features must be one of 'ogb-9-3', .*, got 'ecfp'"):
+        GraphBatch.pack(MOLECULES, features="ecfp")

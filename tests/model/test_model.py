@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from edt_former.config import MoleculeConfig
 from edt_former.connectors import MoleculeTokens, make_connector
+from edt_former.graph import PretrainGNN
 from edt_former.language import save_part
 from edt_former.model import MoleculeLM
 from edt_former.processor import read_all
@@ -452,3 +454,29 @@ def test_a_trainer_runs_saves_the_connector_and_resumes(make_model, tmp_path, ca
     assert "missing keys" not in caplog.text
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
+
+
+def test_an_encoder_of_other_features_gets_them(make_parts, make_tokenizer, tmp_path):
+    text_model, _, connector, predictor = make_parts()
+    encoder = PretrainGNN("gcn", layers=2, width=8)
+    tokenizer = make_tokenizer()
+    model = MoleculeLM.from_parts(text_model, encoder, connector, predictor, tokenizer=tokenizer)
+    inputs = model.processor("<mol> how many", "C/C=C/C")
+    assert inputs["graph"].features == encoder.features == model.config.features
+    expected = model(**inputs).logits
+    assert torch.isfinite(model.embed_molecules(["C/C=C/C"]).values).all()
+    model.save_pretrained(tmp_path, save_frozen=True)
+    again = MoleculeLM.from_pretrained(tmp_path)
+    assert again.processor.features == encoder.features
+    inputs = again.processor("<mol> how many", "C/C=C/C")
+    torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scheme_of_features_that_the_encoder_does_not_read(make_parts):
+    text_model, _, connector, predictor = make_parts()
+    parts = {"language_model": text_model, "connector": connector, "predictor": predictor}
+    config = MoleculeConfig(text_config=text_model.config)
+    with pytest.raises(ValueError, match=r"reads, 'pretrain-gnns-2-2', got 'ogb-9-3'"):
+        MoleculeLM(config, graph_encoder=PretrainGNN(layers=2, width=8), **parts)
+    with pytest.raises(ValueError, match=r"features must be one of 'ogb-9-3', .* got 'ecfp'"):
+        MoleculeConfig(features="ecfp")

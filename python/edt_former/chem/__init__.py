@@ -1,6 +1,13 @@
 """Chemistry: from SMILES to arrays, fragments and functional groups. The home of RDKit."""
 
-from edt_former.chem.features import ATOM_FEATURE_SIZES, BOND_FEATURE_SIZES, FEATURES_ID
+from edt_former.chem.features import (
+    ATOM_FEATURE_SIZES,
+    BOND_FEATURE_SIZES,
+    FEATURES_ID,
+    PRETRAIN_ATOM_SIZES,
+    PRETRAIN_BOND_SIZES,
+    PRETRAIN_FEATURES_ID,
+)
 from edt_former.chem.fragments import FUNCTIONAL_GROUPS, brics_fragments, functional_groups
 from edt_former.chem.graph_data import check_graph_data
 from edt_former.chem.molecule import (
@@ -20,6 +27,9 @@ __all__ = [
     "FEATURES_ID",
     "FUNCTIONAL_GROUPS",
     "MAX_ATOMS",
+    "PRETRAIN_ATOM_SIZES",
+    "PRETRAIN_BOND_SIZES",
+    "PRETRAIN_FEATURES_ID",
     "Invalid",
     "Molecule",
     "brics_fragments",

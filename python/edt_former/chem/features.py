@@ -1,19 +1,29 @@
-"""The integer atom and bond features of the Open Graph Benchmark (arXiv:2005.00687)."""
+"""Integer atom and bond features: those of the Open Graph Benchmark, and of pretrain-gnns."""
 
 from __future__ import annotations
 
 import numpy as np
 from rdkit import Chem
-from rdkit.Chem import BondStereo, BondType, ChiralType, HybridizationType
+from rdkit.Chem import BondDir, BondStereo, BondType, ChiralType, HybridizationType
 
 FEATURES_ID = "ogb-9-3"
-"""Names this scheme in a config: an encoder trained on another must not read these numbers."""
+"""Names the scheme of the Open Graph Benchmark (arXiv:2005.00687) in a config: an encoder trained
+on another must not read these numbers."""
+
+PRETRAIN_FEATURES_ID = "pretrain-gnns-2-2"
+"""Names the scheme of pretrain-gnns (arXiv:1905.12265): two features per atom, two per bond."""
 
 ATOM_FEATURE_SIZES = (119, 4, 12, 12, 10, 6, 6, 2, 2)
 """Element, chirality, degree, charge, hydrogens, radicals, hybridisation, aromatic, in a ring."""
 
 BOND_FEATURE_SIZES = (5, 6, 2)
 """Type, stereo, conjugated."""
+
+PRETRAIN_ATOM_SIZES = (120, 3)
+"""Element (118 what is none, 119 a hidden atom), chirality."""
+
+PRETRAIN_BOND_SIZES = (6, 3)
+"""Type (4 the loop of an atom with itself, 5 a hidden bond), direction."""
 
 _CHIRALITY = {
     ChiralType.CHI_UNSPECIFIED: 0,
@@ -40,6 +50,7 @@ _BOND_STEREO = {
     BondStereo.STEREOCIS: 3,
     BondStereo.STEREOTRANS: 4,
 }
+_BOND_DIRECTION = {BondDir.ENDUPRIGHT: 1, BondDir.ENDDOWNRIGHT: 2}
 _LAST = tuple(size - 1 for size in ATOM_FEATURE_SIZES)
 _LAST_TYPE, _LAST_STEREO, _ = (size - 1 for size in BOND_FEATURE_SIZES)
 
@@ -83,15 +94,64 @@ def bond_features(mol: Chem.Mol) -> tuple[np.ndarray, np.ndarray]:
     """
     rows = [
         (
-            bond.GetBeginAtomIdx(),
-            bond.GetEndAtomIdx(),
             _BOND_TYPE.get(bond.GetBondType(), _LAST_TYPE),
             _BOND_STEREO.get(bond.GetStereo(), _LAST_STEREO),
             int(bond.GetIsConjugated()),
         )
         for bond in mol.GetBonds()
     ]
-    bonds = np.array(rows, dtype=np.int64).reshape(-1, 2 + len(BOND_FEATURE_SIZES))
-    index = np.concatenate([bonds[:, :2], bonds[:, 1::-1]]).T
+    index, order = _both_directions(mol)
+    bonds = np.array(rows, dtype=np.int64).reshape(-1, len(BOND_FEATURE_SIZES))
+    return index, np.concatenate([bonds, bonds])[order]
+
+
+def bond_directions(mol: Chem.Mol) -> np.ndarray:
+    """How the bonds beside a double bond are drawn, int64 [2E], in the order of `bond_features`.
+
+    0 for a bond without a direction, 1 for RDKit's ENDUPRIGHT and 2 for its ENDDOWNRIGHT; both
+    directions of a bond have the same. It is `/` and `\\` of the SMILES, and so depends on how
+    that is written.
+
+    >>> bond_directions(Chem.MolFromSmiles("C/C=C\\\\C")).tolist()
+    [1, 1, 0, 0, 2, 2]
+    """
+    rows = [_BOND_DIRECTION.get(bond.GetBondDir(), 0) for bond in mol.GetBonds()]
+    _, order = _both_directions(mol)
+    return np.array(rows * 2, dtype=np.int64)[order]
+
+
+def pretrain_features(
+    atoms: np.ndarray, bonds: np.ndarray, directions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The features of pretrain-gnns (arXiv:1905.12265), from those of this module.
+
+    An atom is (element, chirality): the atomic number less one, 118 for a wildcard; 0 without a
+    tag, 1 clockwise, 2 counterclockwise. A bond is (type, direction): single, double, triple,
+    aromatic; see `bond_directions`. The published tables have no row for what RDKit has learned
+    since: a tag that is not tetrahedral reads as none, a bond of any other type as a single one.
+
+    Args:
+        atoms: int64 [n, 9], see `atom_features`.
+        bonds: int64 [2E, 3], see `bond_features`.
+        directions: int64 [2E].
+
+    Returns:
+        int64 [n, 2], below `PRETRAIN_ATOM_SIZES`, and [2E, 2], below `PRETRAIN_BOND_SIZES`.
+
+    >>> mol = Chem.MolFromSmiles("C=O")
+    >>> atoms, bonds = atom_features(mol), bond_features(mol)[1]
+    >>> [x.tolist() for x in pretrain_features(atoms, bonds, bond_directions(mol))]
+    [[[5, 0], [7, 0]], [[1, 0], [1, 0]]]
+    """
+    chirality = np.where(atoms[:, 1] == _LAST[1], 0, atoms[:, 1])
+    types = np.where(bonds[:, 0] == _LAST_TYPE, 0, bonds[:, 0])
+    return np.stack([atoms[:, 0], chirality], 1), np.stack([types, directions], 1)
+
+
+def _both_directions(mol: Chem.Mol) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [2, 2E], sorted by target, then by source; and where each bond stood before."""
+    rows = [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in mol.GetBonds()]
+    bonds = np.array(rows, dtype=np.int64).reshape(-1, 2)
+    index = np.concatenate([bonds, bonds[:, ::-1]]).T
     order = np.lexsort(index)
-    return np.ascontiguousarray(index[:, order]), np.concatenate([bonds[:, 2:]] * 2)[order]
+    return np.ascontiguousarray(index[:, order]), order

@@ -17,7 +17,15 @@ import numpy as np
 from rdkit import Chem, rdBase
 from tqdm import tqdm
 
-from edt_former.chem.features import ATOM_FEATURE_SIZES, atom_features, bond_features
+from edt_former.chem.features import (
+    ATOM_FEATURE_SIZES,
+    FEATURES_ID,
+    PRETRAIN_FEATURES_ID,
+    atom_features,
+    bond_directions,
+    bond_features,
+    pretrain_features,
+)
 
 MAX_ATOMS = 4096
 
@@ -58,6 +66,35 @@ class Molecule:
     def elements(self) -> np.ndarray:
         """Atomic numbers, int64 [n]; 0 for a wildcard."""
         return (self.atom_features[:, 0] + 1) % ATOM_FEATURE_SIZES[0]
+
+    def features(self, scheme: str) -> tuple[np.ndarray, np.ndarray]:
+        """Features of the atoms [n, F] and of the bonds [2E, G] by a scheme, int64.
+
+        Args:
+            scheme: `FEATURES_ID` gives the stored ones, `PRETRAIN_FEATURES_ID` those of
+                `edt_former.chem.features.pretrain_features`.
+
+        Raises:
+            ValueError: an unknown scheme; directions of bonds are wanted of a molecule that has
+                double bonds with a side and no SMILES.
+
+        >>> [x.tolist() for x in read_molecule("C=O").features(PRETRAIN_FEATURES_ID)]
+        [[[5, 0], [7, 0]], [[1, 0], [1, 0]]]
+        """
+        if scheme == FEATURES_ID:
+            return self.atom_features, self.bond_features
+        if scheme != PRETRAIN_FEATURES_ID:
+            known = f"{FEATURES_ID!r} or {PRETRAIN_FEATURES_ID!r}"
+            raise ValueError(f"scheme must be {known}, got {scheme!r}")
+        directions = np.zeros(len(self.bond_features), dtype=np.int64)
+        if "/" in self.smiles or "\\" in self.smiles:
+            directions = bond_directions(rdkit_mol(self))
+        elif not self.smiles and self.bond_features[:, 1].any():
+            raise ValueError(
+                f"features {scheme!r} of a double bond with a side need a molecule's SMILES, "
+                "got graph data without one"
+            )
+        return pretrain_features(self.atom_features, self.bond_features, directions)
 
 
 @dataclass(frozen=True)

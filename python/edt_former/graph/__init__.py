@@ -3,12 +3,14 @@
 from edt_former.graph.batch import GraphBatch
 from edt_former.graph.encoder import GraphEncoder, GraphFeatures, make_encoder, register_encoder
 from edt_former.graph.gin import GIN
+from edt_former.graph.pretrain_gnn import PretrainGNN
 
 __all__ = [
     "GIN",
     "GraphBatch",
     "GraphEncoder",
     "GraphFeatures",
+    "PretrainGNN",
     "make_encoder",
     "register_encoder",
 ]

@@ -11,6 +11,21 @@ from torch import Tensor
 
 from edt_kernels import offsets_from_lengths
 
+FEATURE_SCHEMES = {"ogb-9-3": (9, 3), "pretrain-gnns-2-2": (2, 2)}
+"""Features per atom and per bond of the schemes that `edt_former.chem` can compute."""
+
+OGB, PRETRAIN = FEATURE_SCHEMES
+
+
+def scheme_of(atom_width: int, bond_width: int) -> str | None:
+    """The scheme with that many features per atom and per bond; None where none has a name.
+
+    >>> scheme_of(9, 3), scheme_of(1, 1)
+    ('ogb-9-3', None)
+    """
+    names = {widths: name for name, widths in FEATURE_SCHEMES.items()}
+    return names.get((atom_width, bond_width))
+
 
 class MoleculeArrays(Protocol):
     """What `GraphBatch.pack` reads of a molecule, all numpy int64."""
@@ -20,15 +35,18 @@ class MoleculeArrays(Protocol):
     bond_features: object  # [2E, G]
     elements: object  # [n]
 
+    def features(self, scheme: str) -> tuple[object, object]:
+        """Atom and bond features of another scheme."""
+
 
 @dataclass
 class GraphBatch:
     """B molecules with N atoms in all; bonds in both directions, sorted by target.
 
     Attributes:
-        atom_features: int64 [N, 9].
+        atom_features: int64 [N, F], F = 9 in the scheme of the Open Graph Benchmark.
         bond_index: int64 [2, E2], row 0 the source and row 1 the target, indices into N.
-        bond_features: int64 [E2, 3].
+        bond_features: int64 [E2, G], G = 3 there.
         bond_offsets: int64 [N + 1], the bonds that end in atom i are
             `bond_offsets[i]:bond_offsets[i + 1]`.
         offsets: int64 [B + 1], the atoms of molecule m are `offsets[m]:offsets[m + 1]`.
@@ -52,6 +70,11 @@ class GraphBatch:
         """Number of atoms N."""
         return self.atom_features.shape[0]
 
+    @property
+    def features(self) -> str | None:
+        """The scheme of the features, by their number; None for one without a name."""
+        return scheme_of(self.atom_features.shape[1], self.bond_features.shape[1])
+
     def to(self, device: torch.device | str | None, non_blocking: bool = False) -> GraphBatch:
         """The batch on another device."""
         return GraphBatch(
@@ -59,17 +82,31 @@ class GraphBatch:
         )
 
     @classmethod
-    def pack(cls, molecules: Sequence[MoleculeArrays]) -> GraphBatch:
+    def pack(cls, molecules: Sequence[MoleculeArrays], *, features: str = OGB) -> GraphBatch:
         """Packs `edt_former.chem.Molecule`s; empty molecules and an empty list are legal.
+
+        Args:
+            molecules: any number.
+            features: the scheme that the graph encoder reads (`GraphEncoder.features`).
+
+        Raises:
+            ValueError: a scheme of features that is not known, or that a molecule cannot give.
 
         >>> from edt_former.chem import read_molecules
         >>> batch = GraphBatch.pack(read_molecules(["CO", "[Na+]", "CC"]))
         >>> batch.offsets.tolist(), batch.bond_index.tolist(), batch.bond_offsets.tolist()
         ([0, 2, 3, 5], [[1, 0, 4, 3], [0, 1, 3, 4]], [0, 1, 2, 2, 3, 4])
         """
+        if features not in FEATURE_SCHEMES:
+            known = ", ".join(map(repr, FEATURE_SCHEMES))
+            raise ValueError(f"features must be one of {known}, got {features!r}")
         if not molecules:
-            return cls(*_no_atoms())
-        atom_features = _cat([m.atom_features for m in molecules])
+            return cls(*_no_atoms(*FEATURE_SCHEMES[features]))
+        if features == OGB:
+            rows = [(m.atom_features, m.bond_features) for m in molecules]
+        else:
+            rows = [m.features(features) for m in molecules]
+        atom_features, bond_features = map(_cat, zip(*rows, strict=True))
         bond_index = _cat([m.bond_index for m in molecules], dim=1)
         offsets = offsets_from_lengths(torch.tensor([len(m.atom_features) for m in molecules]))
         bonds = torch.tensor([m.bond_index.shape[1] for m in molecules])
@@ -78,17 +115,17 @@ class GraphBatch:
         return cls(
             atom_features=atom_features,
             bond_index=bond_index,
-            bond_features=_cat([m.bond_features for m in molecules]),
+            bond_features=bond_features,
             bond_offsets=offsets_from_lengths(incoming),
             offsets=offsets,
             elements=_cat([m.elements for m in molecules]),
         )
 
 
-def _cat(arrays: list, dim: int = 0) -> Tensor:
+def _cat(arrays: Sequence, dim: int = 0) -> Tensor:
     return torch.cat([torch.from_numpy(array) for array in arrays], dim)
 
 
-def _no_atoms() -> tuple[Tensor, ...]:
-    shapes = (0, 9), (2, 0), (0, 3), (1,), (1,), (0,)
+def _no_atoms(atom_width: int, bond_width: int) -> tuple[Tensor, ...]:
+    shapes = (0, atom_width), (2, 0), (0, bond_width), (1,), (1,), (0,)
     return tuple(torch.zeros(shape, dtype=torch.int64) for shape in shapes)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import edt_kernels
-from edt_former.graph.batch import GraphBatch
+from edt_former.graph.batch import GraphBatch, scheme_of
 from edt_former.graph.encoder import GraphEncoder, GraphFeatures, register_encoder
 
 ATOM_TABLES = (119, 4, 12, 12, 10, 6, 6, 2, 2)
@@ -50,6 +50,7 @@ class GIN(GraphEncoder):
     ) -> None:
         super().__init__()
         self.width = width
+        self.features = scheme_of(len(atom_tables), len(bond_tables))
         self.config = {
             "name": "gin",
             "layers": layers,
@@ -66,6 +67,7 @@ class GIN(GraphEncoder):
 
     def levels(self, batch: GraphBatch) -> list[GraphFeatures]:
         """Features of every level: the atom embedding, then each layer's; `layers + 1` in all."""
+        self.check_features(batch)
         return [GraphFeatures(h, batch.offsets) for h in self.molecule_node_model(batch)]
 
 
@@ -86,7 +88,7 @@ class _NodeModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, batch: GraphBatch) -> list[Tensor]:
-        h = _embed(self.atom_encoder.atom_embedding_list, batch.atom_features)
+        h = embed(self.atom_encoder.atom_embedding_list, batch.atom_features)
         levels = [h]
         for layer, norm in zip(self.gnns, self.batch_norms, strict=True):
             h = norm(layer(h, batch))
@@ -109,19 +111,23 @@ class _Layer(nn.Module):
         self.bond_encoder.bond_embedding_list = _tables(bond_tables, width)
 
     def forward(self, h: Tensor, batch: GraphBatch) -> Tensor:
-        bonds = _embed(self.bond_encoder.bond_embedding_list, batch.bond_features)
+        bonds = embed(self.bond_encoder.bond_embedding_list, batch.bond_features)
         messages = F.relu(h.index_select(0, batch.bond_index[0]) + bonds)
         received = edt_kernels.segment_pool(messages, batch.bond_offsets, reduce="sum")
         return self.mlp((1 + self.eps) * h + received)
 
 
+def table(size: int, width: int) -> nn.Embedding:
+    """An embedding of `size` entries, initialised as the published encoders are."""
+    embedding = nn.Embedding(size, width)
+    nn.init.xavier_uniform_(embedding.weight)
+    return embedding
+
+
 def _tables(sizes: Sequence[int], width: int) -> nn.ModuleList:
-    tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
-    for table in tables:
-        nn.init.xavier_uniform_(table.weight)
-    return tables
+    return nn.ModuleList(table(size, width) for size in sizes)
 
 
-def _embed(tables: nn.ModuleList, features: Tensor) -> Tensor:
+def embed(tables: Iterable[nn.Embedding], features: Tensor) -> Tensor:
     """Sum over the columns of `features` [N, F] of each column's embedding."""
     return sum(table(column) for table, column in zip(tables, features.unbind(1), strict=True))
