@@ -15,10 +15,36 @@ if TYPE_CHECKING:
 
 
 class GraphFeatures(NamedTuple):
-    """Atom features `values` [N, D] of B molecules, cut by `offsets` [B + 1]."""
+    """Rows that represent B molecules, and which of them are atoms.
+
+    Most encoders return the atoms themselves: `values` [N, D] and the batch's `offsets`. An
+    encoder with several views of a molecule (2D and 3D), or with rows beside the atoms (graph
+    tokens, [CLS], [SEP]), says with `views` where the atoms are.
+
+    Attributes:
+        values: [R, D], everything there is to attend to.
+        offsets: int64 [B + 1], the rows of molecule m are `offsets[m]:offsets[m + 1]`.
+        views: one int64 [N] per view: row i of `values[view]` is atom i of the batch, so
+            `values[view]` has the batch's own offsets and a patch's atoms are the same rows in
+            every view. None: one view, `values` are the atoms.
+    """
 
     values: Tensor
     offsets: Tensor
+    views: tuple[Tensor, ...] | None = None
+
+    def atoms(self) -> tuple[Tensor, ...]:
+        """The atoms [N, D] of every view.
+
+        >>> import torch
+        >>> rows = torch.tensor([[9.0], [1.0], [2.0]])
+        >>> GraphFeatures(rows, torch.tensor([0, 3]), (torch.tensor([1, 2]),)).atoms()
+        (tensor([[1.],
+                [2.]]),)
+        """
+        if self.views is None:
+            return (self.values,)
+        return tuple(self.values.index_select(0, view) for view in self.views)
 
 
 class GraphEncoder(nn.Module):
@@ -27,10 +53,12 @@ class GraphEncoder(nn.Module):
     Attributes:
         width: D, the length of an atom's vector.
         config: what `make_encoder` needs to build this encoder again.
+        needs_coordinates: it reads `GraphBatch.coordinates`.
     """
 
     width: int
     config: dict
+    needs_coordinates: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +66,7 @@ class GraphEncoder(nn.Module):
 
     @abstractmethod
     def forward(self, batch: GraphBatch) -> GraphFeatures:
-        """Atom features [N, width]; the offsets are those of the batch."""
+        """Features of the atoms, [N, width] or more rows; see `GraphFeatures`."""
 
     def freeze(self) -> Self:
         """No gradients, and eval (batch statistics, dropout) whatever `train` says."""
