@@ -105,6 +105,16 @@ def _cat(arrays: list, dim: int = 0) -> Tensor:
     return torch.cat([torch.from_numpy(array) for array in arrays], dim)
 
 
+def owners(offsets: Tensor, rows: int) -> Tensor:
+    """The molecule [rows] of every row, by `offsets` [B + 1] that end at `rows`.
+
+    >>> owners(torch.tensor([0, 2, 2, 3]), 3).tolist()
+    [0, 0, 2]
+    """
+    molecules = torch.arange(len(offsets) - 1, device=offsets.device)
+    return molecules.repeat_interleave(offsets.diff(), output_size=rows)
+
+
 def _positions(molecules: Sequence[MoleculeArrays], coordinates: Sequence[np.ndarray]) -> Tensor:
     if len(coordinates) != len(molecules):
         raise ValueError(
