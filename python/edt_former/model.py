@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -20,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import edt_kernels
 from edt_former.checkpoint import FROZEN_PARTS, load_checkpoint, save_checkpoint, trained_names
+from edt_former.chem import ConformerOptions, Molecule, make_conformers
 from edt_former.config import MoleculeConfig
 from edt_former.connectors import Connector, MoleculeTokens, make_connector
 from edt_former.graph import GraphBatch, GraphEncoder, make_encoder
@@ -30,6 +32,7 @@ from edt_former.processor import (
     MoleculeProcessor,
     PatchSets,
     find_patch_sets,
+    places,
     read_all,
 )
 from edt_former.tokens import NextAtomPredictor, pack_patches
@@ -132,6 +135,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         mol_token: str = "<mol>",
         new_tokens: Sequence[str] = (),
         train_embeddings: str = "new_rows",
+        conformers: ConformerOptions | None = None,
     ) -> Self:
         """A model of parts that exist; its `processor` is made from `tokenizer`.
 
@@ -144,6 +148,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             mol_token: marks one molecule.
             new_tokens: further tokens whose embeddings are trained rows.
             train_embeddings: see `MoleculeConfig`.
+            conformers: how the processor makes them where the graph encoder reads coordinates.
         """
         missing = [t for t in (mol_token, *new_tokens) if t not in tokenizer.get_vocab()]
         tokenizer.add_tokens(missing, special_tokens=True)
@@ -165,6 +170,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             connector=connector,
             predictor=predictor,
         )
+        spatial = graph_encoder.needs_coordinates
         model.processor = MoleculeProcessor(
             tokenizer,
             connector,
@@ -172,6 +178,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             mol_token=mol_token,
             max_length=model.max_positions,
             features=config.features,
+            conformers=conformers or ConformerOptions() if spatial else None,
         )
         return model
 
@@ -345,10 +352,11 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             Values [T, E] and offsets [B + 1].
 
         Raises:
-            ValueError: a molecule cannot be read.
+            ValueError: a molecule cannot be read, or has no conformer where one is needed.
         """
         read = read_all(molecules)
-        graph = GraphBatch.pack(read, features=self.config.features).to(self.device)
+        coordinates = self._coordinates(read)
+        graph = GraphBatch.pack(read, coordinates, features=self.config.features).to(self.device)
         options = self.connector.patch_options
         return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
 
@@ -483,6 +491,13 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         """
         given = dict(zip(FROZEN_PARTS, (language_model, graph_encoder, predictor), strict=True))
         return load_checkpoint(cls, folder, given, config=config, dtype=dtype, verify=verify)
+
+    def _coordinates(self, molecules: Sequence[Molecule]) -> list[np.ndarray] | None:
+        """Coordinates for a graph encoder that reads them, by the processor where there is one."""
+        if not self.graph_encoder.needs_coordinates:
+            return None
+        known = None if self.processor is None else self.processor.coordinates(molecules)
+        return places(molecules, make_conformers(molecules)) if known is None else known
 
     def _make_new_rows(self) -> None:
         """Rows for the added tokens: the table's where it has them, else its mean."""

@@ -6,6 +6,7 @@ import copy
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ from transformers import (
 )
 
 from edt_former.chem import (
+    Conformer,
+    ConformerOptions,
+    ConformerPool,
     Invalid,
     Molecule,
     brics_fragments,
@@ -153,6 +157,20 @@ def read_all(sources: Sequence[Any], *, selfies: bool = False) -> list[Molecule]
     return molecules
 
 
+def places(
+    molecules: Sequence[Molecule], conformers: Sequence[Conformer | Invalid]
+) -> list[np.ndarray]:
+    """The coordinates of every molecule.
+
+    Raises:
+        ValueError: a conformer could not be made; it names the index, the molecule and the reason.
+    """
+    for index, (molecule, found) in enumerate(zip(molecules, conformers, strict=True)):
+        if isinstance(found, Invalid):
+            raise ValueError(f"molecule {index} ({molecule.smiles!r}): {found.reason}")
+    return [found.coordinates for found in conformers]
+
+
 def _graph_data(data: Any) -> Molecule | Invalid:
     """A molecule in the order of its data; its SMILES stays empty."""
     x, index, bonds = (np.asarray(a) for a in (data.x, data.edge_index, data.edge_attr))
@@ -191,7 +209,7 @@ class MoleculeProcessor:
 
     Each `<mol>` is expanded to as many placeholders as its molecule has tokens, so every length is
     known before the model runs. Patches are found on the CPU for all new molecules of a call at
-    once, and remembered by canonical SMILES.
+    once, and remembered by canonical SMILES; so are conformers, where a 3D encoder needs them.
 
     Args:
         tokenizer: the language model's; `mol_token` is added to it as a special token if missing.
@@ -199,8 +217,11 @@ class MoleculeProcessor:
         predictor: the next-atom predictor, copied; needed for patches from entropies.
         mol_token: the text that marks one molecule.
         max_length: longest row in tokens, molecules included; None for no limit.
-        cache_size: molecules whose patches are remembered, the least recently used go first.
+        cache_size: molecules whose patches and conformers are remembered, the least recently used
+            go first.
         features: the scheme of atom and bond features that the graph encoder reads.
+        conformers: how conformers are made, or a mapping of `ConformerOptions`; None where the
+            graph encoder reads no coordinates.
 
     Raises:
         ValueError: the connector reads entropy patches and there is no predictor.
@@ -223,6 +244,7 @@ class MoleculeProcessor:
         max_length: int | None = None,
         cache_size: int = 65_536,
         features: str = OGB,
+        conformers: ConformerOptions | Mapping[str, Any] | None = None,
     ) -> None:
         config = connector.config if isinstance(connector, Connector) else connector
         with torch.device("meta"):
@@ -242,6 +264,11 @@ class MoleculeProcessor:
         self.cache_size = cache_size
         self.features = features
         self._cache: OrderedDict[str, dict[str, list[int]]] = OrderedDict()
+        if isinstance(conformers, Mapping):
+            conformers = ConformerOptions(**conformers)
+        self.conformers = conformers
+        self._pool = None if conformers is None else ConformerPool(conformers)
+        self._conformers: OrderedDict[str, Conformer | Invalid] = OrderedDict()
 
     def __call__(
         self,
@@ -271,8 +298,9 @@ class MoleculeProcessor:
             `patches` (`PatchSets`), `molecule_counts` int64 [B], and with answers `labels` [B, S].
 
         Raises:
-            ValueError: a row has more or fewer marks than molecules; a molecule cannot be read; a
-                row is longer than `max_length`. It names the row or molecule and the numbers.
+            ValueError: a row has more or fewer marks than molecules; a molecule cannot be read, or
+                has no conformer where one is needed; a row is longer than `max_length`. It names
+                the row or molecule and the numbers.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if padding_side not in (None, "left", "right"):
@@ -281,7 +309,7 @@ class MoleculeProcessor:
         marks = [ids.count(self.mol_token_id) for ids in prompts]
         sources = _by_mark(molecules, marks, self.mol_token)
         read = read_all(sources, selfies=selfies)
-        graph = GraphBatch.pack(read, features=self.features)
+        graph = GraphBatch.pack(read, self.coordinates(read), features=self.features)
         patches, sizes = self._patches(read, graph)
 
         rows = _expanded(prompts, self.mol_token_id, sizes)
@@ -307,6 +335,21 @@ class MoleculeProcessor:
         """How many tokens each molecule takes in a prompt."""
         read = read_all(molecules)
         return self._patches(read, GraphBatch.pack(read))[1]
+
+    def coordinates(self, molecules: Sequence[Molecule]) -> list[np.ndarray] | None:
+        """Coordinates [n, 3] of every molecule; None where the graph encoder reads none.
+
+        Raises:
+            ValueError: a conformer could not be made; it names the index, the molecule and the
+                reason.
+        """
+        if self._pool is None:
+            return None
+        new = {m.smiles: m for m in molecules if m.smiles not in self._conformers}
+        found = {m.smiles: self._conformers.get(m.smiles) for m in molecules}
+        found |= zip(new, self._pool.make(new.values()), strict=True)
+        self._remember(self._conformers, found)
+        return places(molecules, [found[m.smiles] for m in molecules])
 
     def prompt(self, question: str, *, molecules: int = 1) -> str:
         """The text that asks `question` about that many molecules; see `language.prompt.ask`."""
@@ -362,6 +405,7 @@ class MoleculeProcessor:
             "features": self.features,
             "connector_config": self._connector.config,
             "predictor": self.predictor is not None,
+            "conformers": None if self.conformers is None else asdict(self.conformers),
         }
         write_json(folder / PROCESSOR_FILE, content)
 
@@ -394,7 +438,7 @@ class MoleculeProcessor:
             predictor = Manifest.read(folder).folder("predictor")
         if isinstance(predictor, Path | str):
             predictor = load_part(NextAtomPredictor, predictor)
-        names = ("mol_token", "max_length", "features")
+        names = ("mol_token", "max_length", "features", "conformers")
         options = {name: content[name] for name in names if name in content}
         return cls(tokenizer, config, predictor, **options)
 
@@ -460,16 +504,16 @@ class MoleculeProcessor:
             cuts = [unpack_patches(sets[s], graph.offsets) for s in self.patch_options.sources]
             for key, *ids in zip(new, *cuts, strict=True):
                 known[key] = dict(zip(self.patch_options.sources, ids, strict=True))
-        self._remember(known)
+        self._remember(self._cache, known)
         return [known[m.smiles or index] for index, m in enumerate(molecules)]
 
-    def _remember(self, found: Mapping[str | int, dict[str, list[int]]]) -> None:
-        for key, ids in found.items():
-            if isinstance(key, str):
-                self._cache[key] = ids
-                self._cache.move_to_end(key)
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
+    def _remember(self, cache: OrderedDict[str, Any], found: Mapping[str | int, Any]) -> None:
+        for key, value in found.items():
+            if isinstance(key, str) and key:
+                cache[key] = value
+                cache.move_to_end(key)
+        while len(cache) > self.cache_size:
+            cache.popitem(last=False)
 
 
 def _by_mark(molecules: Any, marks: list[int], mol_token: str) -> list[Any]:

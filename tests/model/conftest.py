@@ -65,6 +65,17 @@ CONNECTORS = {
     "qformer": {"name": "qformer", "num_queries": 3},
 }
 
+UNIMOL = {"heads": 2, "ffn": 16}
+ENCODERS = {
+    "gin": {},
+    "unimol": UNIMOL,
+    "blended": {
+        "heads": 2,
+        "flat": {"name": "gin", "layers": 2, "width": 8},
+        "spatial": {"layers": 2, "width": 8, **UNIMOL},
+    },
+}
+
 
 @pytest.fixture
 def make_tokenizer():
@@ -91,10 +102,12 @@ def make_tokenizer():
 def make_parts():
     """Language model, graph encoder, connector and predictor, tiny and random."""
 
-    def make(language_model: str = "llama", connector: str = "edt_former") -> tuple:
+    def make(
+        language_model: str = "llama", connector: str = "edt_former", encoder: str = "gin"
+    ) -> tuple:
         text_model = AutoModelForCausalLM.from_config(LANGUAGE_MODELS[language_model]())
         size = {"llm_width": 16, "encoder_width": 8, "width": 16, "layers": 2, "heads": 2}
-        encoder = make_encoder({"name": "gin", "layers": 2, "width": 8})
+        encoder = make_encoder({"name": encoder, "layers": 2, "width": 8, **ENCODERS[encoder]})
         options = {**size, "ffn": 16, "dropout": 0.0, **CONNECTORS[connector]}
         predictor = NextAtomPredictor({"layers": 1, "heads": 2, "width": 16, "positions": 64})
         return text_model, encoder, make_connector(options), predictor
@@ -105,9 +118,12 @@ def make_parts():
 @pytest.fixture
 def make_model(make_parts, make_tokenizer):
     def make(
-        language_model: str = "llama", connector: str = "edt_former", **options: object
+        language_model: str = "llama",
+        connector: str = "edt_former",
+        encoder: str = "gin",
+        **options: object,
     ) -> MoleculeLM:
-        parts = make_parts(language_model, connector)
+        parts = make_parts(language_model, connector, encoder)
         return MoleculeLM.from_parts(*parts, tokenizer=make_tokenizer(), **options).eval()
 
     return make

@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from edt_former.chem import ConformerOptions
 from edt_former.config import MoleculeConfig
 from edt_former.connectors import MoleculeTokens, make_connector
-from edt_former.graph import PretrainGNN
+from edt_former.graph import PretrainGNN, make_encoder
 from edt_former.language import save_part
 from edt_former.model import MoleculeLM
 from edt_former.processor import read_all
@@ -480,3 +482,37 @@ def test_a_scheme_of_features_that_the_encoder_does_not_read(make_parts):
         MoleculeLM(config, graph_encoder=PretrainGNN(layers=2, width=8), **parts)
     with pytest.raises(ValueError, match=r"features must be one of 'ogb-9-3', .* got 'ecfp'"):
         MoleculeConfig(features="ecfp")
+
+
+@pytest.mark.parametrize("encoder", ["unimol", "blended"])
+def test_a_model_with_a_3d_encoder_reads_molecules_and_comes_back(make_model, tmp_path, encoder):
+    model = make_model(connector="qformer", encoder=encoder, conformers=ConformerOptions(seed=5))
+    inputs = model.processor("<mol> how", "OCC")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        tokens = model.encode(inputs["graph"], inputs["patches"]).values
+    torch.testing.assert_close(model.embed_molecules(["OCC"]).values, tokens)
+    model.save_pretrained(tmp_path, save_frozen=True)
+    again = MoleculeLM.from_pretrained(tmp_path)
+    assert again.processor.conformers == ConformerOptions(seed=5)
+    inputs = again.processor("<mol> how", "OCC")
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, expected)
+    again.train()
+    assert not any(module.training for module in again.graph_encoder.modules())
+
+
+def test_blending_trains_where_it_should_and_is_in_the_checkpoint(make_model, tmp_path):
+    model = make_model(connector="qformer", encoder="blended")
+    config = {**model.graph_encoder.config, "train_blending": True}
+    parts = model.language_model, make_encoder(config), model.connector
+    model = MoleculeLM.from_parts(*parts, tokenizer=model.processor.tokenizer)
+    trained = [n for n, p in model.graph_encoder.named_parameters() if p.requires_grad]
+    assert {name.split(".")[0] for name in trained} == {"ln_graph", "blending_module"}
+    model.train()
+    assert model.graph_encoder.blending_module.training
+    encoders = model.graph_encoder.graph_encoder.values()
+    assert not any(m.training for encoder in encoders for m in encoder.modules())
+    model.save_pretrained(tmp_path, save_frozen=True)
+    with safe_open(tmp_path / "model.safetensors", "pt") as written:
+        assert {f"graph_encoder.{name}" for name in trained} < set(written.keys())

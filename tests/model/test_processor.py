@@ -9,7 +9,7 @@ import torch
 from rdkit import Chem
 from transformers import AutoProcessor
 
-from edt_former.chem import read_molecule
+from edt_former.chem import ConformerOptions, make_conformer, read_molecule
 from edt_former.graph import GraphBatch
 from edt_former.processor import MoleculeProcessor, PatchSets, as_molecule
 from edt_former.tokens import pack_patches
@@ -93,7 +93,8 @@ def test_a_molecule_may_come_in_any_form(make_processor):
     for form in forms:
         graph = make_processor()("<mol>", form)["graph"]
         for name, value in vars(expected).items():
-            assert torch.equal(getattr(graph, name), value), name
+            found = getattr(graph, name)
+            assert found is value is None or torch.equal(found, value), name
     assert as_molecule(data).smiles == ""
     assert as_molecule(named).smiles == "CCO"
 
@@ -248,3 +249,45 @@ def test_a_saved_processor_reads_alike(make_model, tmp_path):
         assert isinstance(read, MoleculeProcessor)
         assert read.max_length == 256
         assert torch.equal(read(texts, molecules)["input_ids"], expected["input_ids"])
+
+
+def test_conformers_are_made_once_and_stand_in_the_order_of_the_atoms(make_processor, monkeypatch):
+    processor, made = make_processor(conformers={"seed": 3, "timeout": 60.0}), []
+    make = processor._pool.make
+    monkeypatch.setattr(
+        processor._pool, "make", lambda items: made.append([m.smiles for m in items]) or make(items)
+    )
+    assert processor.coordinates([]) == []
+    graph = processor("<mol> <mol> <mol>", ["OCC", "C", "CCO"])["graph"]
+    again = processor("<mol>", "CCO")["graph"]
+    assert [smiles for call in made for smiles in call] == ["CCO", "C"]
+    alone = make_conformer(read_molecule("CCO"), ConformerOptions(seed=3)).coordinates
+    assert graph.coordinates.dtype == torch.float32
+    for found in (graph.coordinates[:3], graph.coordinates[4:], again.coordinates):
+        np.testing.assert_array_equal(found, alone)
+
+
+def test_a_molecule_without_a_conformer_is_named_with_the_reason(make_processor):
+    processor = make_processor(conformers=ConformerOptions(timeout=1e-9))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"molecule 0 \('CCO'\): no conformer within 1e-09 s"):
+            processor("<mol>", "OCC")
+    flat = make_processor(conformers=ConformerOptions(timeout=1e-9, flat=True))
+    coordinates = flat("<mol>", "OCC")["graph"].coordinates
+    assert (coordinates[:, 2] == 0).all() and coordinates.abs().sum() > 0
+
+
+def test_without_conformers_there_are_no_coordinates(make_processor):
+    processor = make_processor()
+    assert processor.coordinates([read_molecule("C")]) is None
+    assert processor("<mol>", "C")["graph"].coordinates is None
+
+
+def test_graph_data_without_smiles_has_no_conformer(make_processor):
+    data = SimpleNamespace(
+        x=np.array([[5, 0, 4, 5, 4, 0, 2, 0, 0]]),
+        edge_index=np.zeros((2, 0), int),
+        edge_attr=np.zeros((0, 3), int),
+    )
+    with pytest.raises(ValueError, match=r"molecule 0.*needs a molecule's SMILES"):
+        make_processor(conformers=ConformerOptions())("<mol>", data)

@@ -1,5 +1,12 @@
-"""Chemistry: from SMILES to arrays, fragments and functional groups. The home of RDKit."""
+"""Chemistry: from SMILES to arrays, fragments, groups, conformers. The home of RDKit."""
 
+from edt_former.chem.conformers import (
+    Conformer,
+    ConformerOptions,
+    ConformerPool,
+    make_conformer,
+    make_conformers,
+)
 from edt_former.chem.features import (
     ATOM_FEATURE_SIZES,
     BOND_FEATURE_SIZES,
@@ -30,11 +37,16 @@ __all__ = [
     "PRETRAIN_ATOM_SIZES",
     "PRETRAIN_BOND_SIZES",
     "PRETRAIN_FEATURES_ID",
+    "Conformer",
+    "ConformerOptions",
+    "ConformerPool",
     "Invalid",
     "Molecule",
     "brics_fragments",
     "check_graph_data",
     "functional_groups",
+    "make_conformer",
+    "make_conformers",
     "rdkit_mol",
     "read_file",
     "read_molecule",

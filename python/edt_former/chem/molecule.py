@@ -118,7 +118,7 @@ def read_molecule(source: str | Chem.Mol, *, max_atoms: int = MAX_ATOMS) -> Mole
     'Explicit valence for atom # 1 C, 5, is greater than permitted'
     """
     try:
-        with _quiet():
+        with quiet():
             mol, order = _parse(source)
             return _canonical(mol, order, max_atoms)
     except (ValueError, RuntimeError) as error:
@@ -169,7 +169,7 @@ def rdkit_mol(molecule: Molecule) -> Chem.Mol:
     >>> [atom.GetSymbol() for atom in rdkit_mol(read_molecule("OCC")).GetAtoms()]
     ['C', 'C', 'O']
     """
-    with _quiet():
+    with quiet():
         return Chem.MolFromSmiles(molecule.smiles)
 
 
@@ -256,7 +256,7 @@ _log_lock = threading.Lock()
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """RDKit logs nothing inside, and what it logged before again afterwards.
 
     `rdBase.BlockLogs` forgets what it blocked when the log is led elsewhere inside, as

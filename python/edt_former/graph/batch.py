@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,7 @@ class GraphBatch:
             `bond_offsets[i]:bond_offsets[i + 1]`.
         offsets: int64 [B + 1], the atoms of molecule m are `offsets[m]:offsets[m + 1]`.
         elements: int64 [N], atomic numbers, 0 for a wildcard.
+        coordinates: float32 [N, 3] in angstrom, None where no encoder reads them.
     """
 
     atom_features: Tensor
@@ -59,6 +61,7 @@ class GraphBatch:
     bond_offsets: Tensor
     offsets: Tensor
     elements: Tensor
+    coordinates: Tensor | None = None
 
     @property
     def num_molecules(self) -> int:
@@ -77,20 +80,30 @@ class GraphBatch:
 
     def to(self, device: torch.device | str | None, non_blocking: bool = False) -> GraphBatch:
         """The batch on another device."""
+        tensors = (getattr(self, f.name) for f in fields(self))
         return GraphBatch(
-            *(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self))
+            *(None if x is None else x.to(device, non_blocking=non_blocking) for x in tensors)
         )
 
     @classmethod
-    def pack(cls, molecules: Sequence[MoleculeArrays], *, features: str = OGB) -> GraphBatch:
+    def pack(
+        cls,
+        molecules: Sequence[MoleculeArrays],
+        coordinates: Sequence[np.ndarray] | None = None,
+        *,
+        features: str = OGB,
+    ) -> GraphBatch:
         """Packs `edt_former.chem.Molecule`s; empty molecules and an empty list are legal.
 
         Args:
-            molecules: any number.
+            molecules: in the order of the batch.
+            coordinates: [n, 3] of every molecule, in the order of its atoms
+                (`edt_former.chem.make_conformers`); None where no encoder reads them.
             features: the scheme that the graph encoder reads (`GraphEncoder.features`).
 
         Raises:
-            ValueError: a scheme of features that is not known, or that a molecule cannot give.
+            ValueError: a scheme of features that is not known, or that a molecule cannot give;
+                coordinates are not as many as molecules, or not as many as atoms.
 
         >>> from edt_former.chem import read_molecules
         >>> batch = GraphBatch.pack(read_molecules(["CO", "[Na+]", "CC"]))
@@ -100,8 +113,9 @@ class GraphBatch:
         if features not in FEATURE_SCHEMES:
             known = ", ".join(map(repr, FEATURE_SCHEMES))
             raise ValueError(f"features must be one of {known}, got {features!r}")
+        positions = None if coordinates is None else _positions(molecules, coordinates)
         if not molecules:
-            return cls(*_no_atoms(*FEATURE_SCHEMES[features]))
+            return cls(*_no_atoms(*FEATURE_SCHEMES[features]), positions)
         if features == OGB:
             rows = [(m.atom_features, m.bond_features) for m in molecules]
         else:
@@ -119,11 +133,38 @@ class GraphBatch:
             bond_offsets=offsets_from_lengths(incoming),
             offsets=offsets,
             elements=_cat([m.elements for m in molecules]),
+            coordinates=positions,
         )
 
 
 def _cat(arrays: Sequence, dim: int = 0) -> Tensor:
     return torch.cat([torch.from_numpy(array) for array in arrays], dim)
+
+
+def owners(offsets: Tensor, rows: int) -> Tensor:
+    """The molecule [rows] of every row, by `offsets` [B + 1] that end at `rows`.
+
+    >>> owners(torch.tensor([0, 2, 2, 3]), 3).tolist()
+    [0, 0, 2]
+    """
+    molecules = torch.arange(len(offsets) - 1, device=offsets.device)
+    return molecules.repeat_interleave(offsets.diff(), output_size=rows)
+
+
+def _positions(molecules: Sequence[MoleculeArrays], coordinates: Sequence[np.ndarray]) -> Tensor:
+    if len(coordinates) != len(molecules):
+        raise ValueError(
+            f"coordinates must be one array per molecule, {len(molecules)}, got {len(coordinates)}"
+        )
+    for index, (molecule, positions) in enumerate(zip(molecules, coordinates, strict=True)):
+        shape = (len(molecule.atom_features), 3)
+        if np.shape(positions) != shape:
+            raise ValueError(
+                f"coordinates of molecule {index} must have shape {shape}, "
+                f"got {np.shape(positions)}"
+            )
+    rows = [np.zeros((0, 3)), *coordinates]
+    return torch.from_numpy(np.concatenate(rows).astype(np.float32))
 
 
 def _no_atoms(atom_width: int, bond_width: int) -> tuple[Tensor, ...]:

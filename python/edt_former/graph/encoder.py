@@ -55,11 +55,13 @@ class GraphEncoder(nn.Module):
         config: what `make_encoder` needs to build this encoder again.
         features: the scheme of atom and bond features that it reads, see `GraphBatch.pack`; None
             for one without a name.
+        needs_coordinates: it reads `GraphBatch.coordinates`.
     """
 
     width: int
     config: dict
     features: str | None = OGB
+    needs_coordinates: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class GraphEncoder(nn.Module):
 
     @abstractmethod
     def forward(self, batch: GraphBatch) -> GraphFeatures:
-        """Atom features [N, width]; the offsets are those of the batch."""
+        """Features of the atoms, [N, width] or more rows; see `GraphFeatures`."""
 
     def check_features(self, batch: GraphBatch) -> None:
         """Refuses a batch of another scheme of features: its numbers mean something else.
