@@ -336,9 +336,9 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a molecule cannot be read.
         """
-        read = read_all(molecules)
-        graph = GraphBatch.pack(read).to(self.device)
         options = self.connector.patch_options
+        read = read_all(molecules, options=options)
+        graph = GraphBatch.pack(read).to(self.device)
         return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
 
     def answer(
