@@ -354,10 +354,10 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a molecule cannot be read, or has no conformer where one is needed.
         """
-        read = read_all(molecules)
+        options = self.connector.patch_options
+        read = read_all(molecules, options=options)
         coordinates = self._coordinates(read)
         graph = GraphBatch.pack(read, coordinates, features=self.config.features).to(self.device)
-        options = self.connector.patch_options
         return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
 
     def answer(

@@ -29,6 +29,7 @@ from edt_former.chem import (
     Molecule,
     brics_fragments,
     check_graph_data,
+    read_as_written,
     read_molecule,
     read_selfies,
 )
@@ -39,7 +40,13 @@ from edt_former.graph.batch import OGB
 from edt_former.language.frozen import load_part, write_json
 from edt_former.language.manifest import Manifest
 from edt_former.language.prompt import Message, ask, render
-from edt_former.tokens import NextAtomPredictor, PatchOptions, pack_patches, unpack_patches
+from edt_former.tokens import (
+    NextAtomPredictor,
+    PatchOptions,
+    PublishedPatchOptions,
+    pack_patches,
+    unpack_patches,
+)
 from edt_kernels import Patches
 
 if TYPE_CHECKING:
@@ -103,6 +110,10 @@ def find_patch_sets(
     Raises:
         ValueError: BRICS patches of a molecule whose SMILES is not known.
     """
+    if isinstance(options, PublishedPatchOptions):
+        found = options.find(molecules, predictor)
+        sets = {source: pack_patches(ids) for source, ids in found.items()}
+        return PatchSets(sets).to(graph.offsets.device)
     sets = {}
     for source in options.sources:
         if source == "entropy":
@@ -119,13 +130,14 @@ def _fragments(molecule: Molecule) -> np.ndarray:
     return brics_fragments(molecule)
 
 
-def as_molecule(source: Any) -> Molecule | Invalid:
+def as_molecule(source: Any, *, as_written: bool = False) -> Molecule | Invalid:
     """Reads a molecule in any form that the processor takes.
 
     Args:
         source: SMILES, SELFIES behind "selfies:", RDKit `Mol`, `Molecule`, or graph data in the
             manner of PyG (`x` [n, 9], `edge_index` [2, E], `edge_attr` [E, 3] of OGB's features;
             its `smiles`, where it has one, is read instead).
+        as_written: the atoms of a SMILES string stay where they stand in it.
 
     Example:
         >>> as_molecule("OCC").smiles, as_molecule("C1CC").reason
@@ -137,12 +149,19 @@ def as_molecule(source: Any) -> Molecule | Invalid:
         return read_selfies(source[len("selfies:") :])
     if all(hasattr(source, name) for name in ("x", "edge_index", "edge_attr")):
         smiles = getattr(source, "smiles", None)
-        return read_molecule(smiles) if isinstance(smiles, str) else _graph_data(source)
-    return read_molecule(source)
+        if not isinstance(smiles, str):
+            return _graph_data(source)
+        source = smiles
+    written = as_written and isinstance(source, str)
+    return read_as_written(source) if written else read_molecule(source)
 
 
-def read_all(sources: Sequence[Any], *, selfies: bool = False) -> list[Molecule]:
-    """`as_molecule` of every source; with `selfies`, strings are SELFIES.
+def read_all(
+    sources: Sequence[Any], *, selfies: bool = False, options: PatchOptions | None = None
+) -> list[Molecule]:
+    """`as_molecule` of every source, read as the patches of `options` need it.
+
+    With `selfies`, strings are SELFIES.
 
     Raises:
         ValueError: one cannot be read; it names the index and the reason.
@@ -150,7 +169,8 @@ def read_all(sources: Sequence[Any], *, selfies: bool = False) -> list[Molecule]
     molecules = []
     for index, source in enumerate(sources):
         plain = selfies and isinstance(source, str)
-        molecule = read_selfies(source) if plain else as_molecule(source)
+        as_written = isinstance(options, PublishedPatchOptions)
+        molecule = read_selfies(source) if plain else as_molecule(source, as_written=as_written)
         if isinstance(molecule, Invalid):
             raise ValueError(f"molecule {index} ({molecule.source!r}): {molecule.reason}")
         molecules.append(molecule)
@@ -308,7 +328,7 @@ class MoleculeProcessor:
         prompts = [self._ids(row, add_special_tokens) for row in texts]
         marks = [ids.count(self.mol_token_id) for ids in prompts]
         sources = _by_mark(molecules, marks, self.mol_token)
-        read = read_all(sources, selfies=selfies)
+        read = read_all(sources, selfies=selfies, options=self.patch_options)
         graph = GraphBatch.pack(read, self.coordinates(read), features=self.features)
         patches, sizes = self._patches(read, graph)
 
@@ -333,7 +353,7 @@ class MoleculeProcessor:
 
     def token_counts(self, molecules: Sequence[Any]) -> list[int]:
         """How many tokens each molecule takes in a prompt."""
-        read = read_all(molecules)
+        read = read_all(molecules, options=self.patch_options)
         return self._patches(read, GraphBatch.pack(read))[1]
 
     def coordinates(self, molecules: Sequence[Molecule]) -> list[np.ndarray] | None:
@@ -499,13 +519,20 @@ class MoleculeProcessor:
         known = {smiles: self._cache[smiles] for smiles in new if smiles in self._cache}
         new = {key: molecule for key, molecule in new.items() if key not in known}
         if new:
-            graph = GraphBatch.pack(list(new.values()))
-            sets = find_patch_sets(list(new.values()), graph, self.patch_options, self.predictor)
-            cuts = [unpack_patches(sets[s], graph.offsets) for s in self.patch_options.sources]
+            cuts = self._find(list(new.values()))
             for key, *ids in zip(new, *cuts, strict=True):
                 known[key] = dict(zip(self.patch_options.sources, ids, strict=True))
         self._remember(self._cache, known)
         return [known[m.smiles or index] for index, m in enumerate(molecules)]
+
+    def _find(self, molecules: list[Molecule]) -> list[list[list[int]]]:
+        """By source and molecule, the patch ids."""
+        options = self.patch_options
+        if isinstance(options, PublishedPatchOptions):
+            return list(options.find(molecules, self.predictor).values())
+        graph = GraphBatch.pack(molecules)
+        sets = find_patch_sets(molecules, graph, options, self.predictor)
+        return [unpack_patches(sets[s], graph.offsets) for s in options.sources]
 
     def _remember(self, cache: OrderedDict[str, Any], found: Mapping[str | int, Any]) -> None:
         for key, value in found.items():

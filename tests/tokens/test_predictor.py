@@ -231,7 +231,8 @@ def test_equals_the_published_numbers():
 def test_the_config_builds_the_same_predictor():
     model = NextAtomPredictor({"layers": 1})
     assert NextAtomPredictor(json.loads(json.dumps(model.config))).config == model.config
-    assert model.config == {"layers": 1, "heads": 2, "width": 128, "positions": 512}
+    sizes = {"layers": 1, "heads": 2, "width": 128, "positions": 512}
+    assert model.config == {**sizes, "vocabulary": "elements"}
 
 
 def test_offsets_beyond_the_atoms():

@@ -125,6 +125,27 @@ def read_molecule(source: str | Chem.Mol, *, max_atoms: int = MAX_ATOMS) -> Mole
         return Invalid(_describe(source), str(error))
 
 
+def read_as_written(smiles: str, *, max_atoms: int = MAX_ATOMS) -> Molecule | Invalid:
+    """Reads a SMILES string and leaves its atoms where they stand.
+
+    `smiles` of the result is the string that was given and `order` counts up, so everything that
+    depends on the order of the atoms depends on how the string was written.
+
+    >>> read_as_written("OCC").smiles, read_as_written("OCC").elements.tolist()
+    ('OCC', [8, 6, 6])
+    """
+    if not isinstance(smiles, str):
+        reason = f"must be a SMILES string, got {type(smiles).__name__}"
+        return Invalid(_describe(smiles), reason)
+    try:
+        with _quiet():
+            mol, order = _parse(smiles)
+        _check_size(mol, max_atoms)
+    except (ValueError, RuntimeError) as error:
+        return Invalid(smiles, str(error))
+    return Molecule(smiles.split()[0], atom_features(mol), *bond_features(mol), order)
+
+
 def read_molecules(
     sources: Iterable[str | Chem.Mol], *, progress: bool = False, max_atoms: int = MAX_ATOMS
 ) -> list[Molecule | Invalid]:
@@ -203,8 +224,7 @@ def _fold_hydrogens(mol: Chem.Mol) -> tuple[Chem.Mol, np.ndarray]:
 
 
 def _canonical(mol: Chem.Mol, order: np.ndarray, max_atoms: int) -> Molecule:
-    if mol.GetNumAtoms() > max_atoms:
-        raise ValueError(f"{mol.GetNumAtoms()} atoms, more than max_atoms={max_atoms}")
+    _check_size(mol, max_atoms)
     for atom in mol.GetAtoms():
         if atom.GetAtomMapNum():
             atom.SetAtomMapNum(0)
@@ -221,6 +241,11 @@ def _canonical(mol: Chem.Mol, order: np.ndarray, max_atoms: int) -> Molecule:
         twin, kept = _fold_hydrogens(Chem.MolFromSmiles(smiles, _KEEP_HYDROGENS))
         return _canonical(twin, order[kept], max_atoms)
     return Molecule(smiles, atom_features(twin), *bond_features(twin), order)
+
+
+def _check_size(mol: Chem.Mol, max_atoms: int) -> None:
+    if mol.GetNumAtoms() > max_atoms:
+        raise ValueError(f"{mol.GetNumAtoms()} atoms, more than max_atoms={max_atoms}")
 
 
 _KEEP_HYDROGENS = Chem.SmilesParserParams()

@@ -7,6 +7,7 @@ from edt_former.connectors.connector import (
     register_connector,
 )
 from edt_former.connectors.edt_former import EDTFormer, EDTFormerConfig
+from edt_former.connectors.published import PublishedEDTFormer, PublishedEDTFormerConfig
 from edt_former.connectors.qformer import QFormer, QFormerConfig, QueryTransformer
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "EDTFormer",
     "EDTFormerConfig",
     "MoleculeTokens",
+    "PublishedEDTFormer",
+    "PublishedEDTFormerConfig",
     "QFormer",
     "QFormerConfig",
     "QueryTransformer",

@@ -102,6 +102,9 @@ class QueryTransformer(nn.Module):
         key_offsets: Tensor,
         text_ids: Tensor | None = None,
         text_offsets: Tensor | None = None,
+        *,
+        causal: bool = False,
+        first_position: int = 0,
     ) -> QueryTransformerOutput:
         """Hidden states of the last layer.
 
@@ -110,8 +113,11 @@ class QueryTransformer(nn.Module):
             query_offsets: [B + 1].
             keys: [Tk, key_width], what cross-attention reads.
             key_offsets: [B + 1].
-            text_ids: int64 [Tt], word ids; positions count from 0 in every molecule.
+            text_ids: int64 [Tt], word ids.
             text_offsets: [B + 1], required with `text_ids`.
+            causal: a word attends to all queries of its molecule and to the words up to itself,
+                and the queries do not attend to the text; otherwise all attend to all.
+            first_position: of the text of every molecule.
 
         Raises:
             ValueError: text without a text branch, or without its offsets.
@@ -121,10 +127,11 @@ class QueryTransformer(nn.Module):
         if text_ids is not None:
             if text_offsets is None:
                 raise ValueError("text_offsets is required with text_ids, got None")
-            text = Rows(embeddings(embeddings.words(text_ids, text_offsets)), text_offsets)
+            words = embeddings.words(text_ids, text_offsets, first_position)
+            text = Rows(embeddings(words), text_offsets)
         graph = Rows(keys, key_offsets)
         for layer in self.bert.encoder.layer:
-            x, text = layer(x, text, graph)
+            x, text = layer(x, text, graph, causal)
         return QueryTransformerOutput(x.values, None if text is None else text.values)
 
 
@@ -141,11 +148,11 @@ class _Embeddings(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.LayerNorm(x))
 
-    def words(self, ids: Tensor, offsets: Tensor) -> Tensor:
+    def words(self, ids: Tensor, offsets: Tensor, first_position: int) -> Tensor:
         if self.word_embeddings is None:
             raise ValueError("text_ids needs a text branch (text_vocab_size), this has none")
         text = molecule_of_rows(offsets, ids.shape[0])
-        position = torch.arange(ids.shape[0], device=ids.device) - offsets[text]
+        position = torch.arange(ids.shape[0], device=ids.device) - offsets[text] + first_position
         return self.word_embeddings(ids) + self.position_embeddings(position)
 
 
@@ -164,14 +171,20 @@ class _Layer(nn.Module):
             self.intermediate = _Intermediate(width, ffn)
             self.output = _Output(ffn, width, dropout)
 
-    def forward(self, x: Rows, text: Rows | None, graph: Rows) -> tuple[Rows, Rows | None]:
-        keys, values = self.attention.read(x if text is None else _together(x, text))
+    def forward(
+        self, x: Rows, text: Rows | None, graph: Rows, causal: bool
+    ) -> tuple[Rows, Rows | None]:
+        seen = text is not None and not causal
+        keys, values = self.attention.read(_together(x, text) if seen else x)
         queries = self.attention(x, keys, values)
         if self.crossattention is not None:
             queries = self.crossattention(queries, *self.crossattention.read(graph))
         h = self.output_query(self.intermediate_query(queries.values), queries.values)
         if text is not None:
-            words = self.attention(text, keys, values).values
+            if causal:
+                pairs = zip((keys, values), self.attention.read(text), strict=True)
+                keys, values = (_together(*pair) for pair in pairs)
+            words = self.attention(text, keys, values, causal=causal).values
             text = Rows(self.output(self.intermediate(words), words), text.offsets)
         return Rows(h, x.offsets), text
 
@@ -196,7 +209,7 @@ class _Attention(nn.Module):
             Rows(values.unflatten(-1, (self.heads, -1)), source.offsets),
         )
 
-    def forward(self, x: Rows, keys: Rows, values: Rows) -> Rows:
+    def forward(self, x: Rows, keys: Rows, values: Rows, *, causal: bool = False) -> Rows:
         dropout = self.dropout if self.training else 0.0
         read = edt_kernels.ragged_attention(
             self.self.query(x.values).unflatten(-1, (self.heads, -1)),
@@ -204,6 +217,7 @@ class _Attention(nn.Module):
             values.values,
             x.offsets,
             keys.offsets,
+            causal=causal,
             dropout_p=dropout,
             seed=_seeds(x.offsets) if dropout else None,
         )
@@ -253,7 +267,8 @@ class QFormerConfig:
     """Options of a connector built on the query transformer.
 
     Args:
-        llm_width: of the language model's embeddings.
+        llm_width: of the language model's embeddings; None for tokens that are the last hidden
+            states, before there is a language model.
         width, layers, heads, ffn, cross_attention_freq, dropout: see `QueryTransformer`.
         encoder_width: of the graph encoder's atoms.
         num_queries: learned queries that every molecule gets.
@@ -263,7 +278,7 @@ class QFormerConfig:
         text_vocab_size, text_positions: see `QueryTransformer`; None leaves the text branch out.
     """
 
-    llm_width: int
+    llm_width: int | None
     width: int = 768
     layers: int = 12
     heads: int = 12
@@ -326,7 +341,9 @@ class QFormer(Connector):
             text_vocab_size=options.text_vocab_size,
             text_positions=options.text_positions,
         )
-        self.llm_proj = nn.Linear(options.width, options.llm_width)
+        self.llm_proj = nn.Identity()
+        if options.llm_width is not None:
+            self.llm_proj = nn.Linear(options.width, options.llm_width)
         if options.sum_tokens:
             self.sum_mlp = nn.Sequential(
                 nn.Linear(options.encoder_width, options.encoder_width),
@@ -343,7 +360,7 @@ class QFormer(Connector):
 
     def read(self, features: GraphFeatures, patches: Mapping[str, Patches]) -> Rows:
         """The queries' last hidden states, before they become tokens of the language model."""
-        features = features._replace(values=features.values.to(self.ln_graph.weight.dtype))
+        features = features._replace(values=features.values.to(self.query_tokens.dtype))
         queries, keys = self.queries(features, patches), self.keys(features)
         return Rows(self.Qformer(*queries, *keys).queries, queries.offsets)
 

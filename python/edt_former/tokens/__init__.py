@@ -2,5 +2,12 @@
 
 from edt_former.tokens.patches import PatchOptions, pack_patches, unpack_patches
 from edt_former.tokens.predictor import NextAtomPredictor
+from edt_former.tokens.published import PublishedPatchOptions
 
-__all__ = ["NextAtomPredictor", "PatchOptions", "pack_patches", "unpack_patches"]
+__all__ = [
+    "NextAtomPredictor",
+    "PatchOptions",
+    "PublishedPatchOptions",
+    "pack_patches",
+    "unpack_patches",
+]

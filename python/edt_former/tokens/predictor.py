@@ -16,6 +16,15 @@ from edt_former.tokens.rows import molecule_of_rows
 PAD, BOS, EOS, UNKNOWN = range(4)
 NUM_ELEMENTS = 118
 VOCABULARY_SIZE = 4 + NUM_ELEMENTS
+PUBLISHED_ELEMENTS = {
+    **{"Ag": 47, "Al": 13, "Ar": 18, "Au": 79, "B": 5, "Br": 35, "C": 6, "Ca": 20, "Cl": 17},
+    **{"Co": 27, "Cu": 29, "F": 9, "Fe": 26, "He": 2, "Hg": 80, "I": 53, "Kr": 36, "Li": 3},
+    **{"Mg": 12, "Mn": 25, "N": 7, "Na": 11, "Ne": 10, "Ni": 28, "O": 8, "P": 15, "Pd": 46},
+    **{"Pt": 78, "S": 16, "Sb": 51, "Se": 34, "Si": 14, "Sn": 50, "Te": 52, "Xe": 54, "Zn": 30},
+}
+"""The elements of the published predictor in the order of its tokens, which start at 3."""
+
+VOCABULARIES = ("elements", "published")
 
 
 def atom_tokens(elements: Tensor) -> Tensor:
@@ -32,14 +41,27 @@ def atom_tokens(elements: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    """Size of a next-atom predictor; `positions` is the longest sequence it is trained on."""
+    """Options of a next-atom predictor.
+
+    Args:
+        layers, heads, width: of the transformer.
+        positions: the longest sequence it is trained on.
+        vocabulary: "elements", all 118 and an unknown; or "published", the 36 elements of
+            `PUBLISHED_ELEMENTS` without an unknown: any other reads as `<eos>`.
+    """
 
     layers: int = 2
     heads: int = 2
     width: int = 128
     positions: int = 512
+    vocabulary: str = "elements"
 
     def __post_init__(self) -> None:
+        if self.vocabulary not in VOCABULARIES:
+            raise ValueError(
+                f"vocabulary must be one of {', '.join(map(repr, VOCABULARIES))}, "
+                f"got {self.vocabulary!r}"
+            )
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads {self.heads}, got {self.width}")
         if self.positions < 2:
@@ -49,7 +71,8 @@ class PredictorConfig:
 class NextAtomPredictor(nn.Module):
     """A small GPT-2 over the atoms of molecules, one token per heavy atom (arXiv:2602.02742).
 
-    The vocabulary is `<pad> <bos> <eos> <unk>` and the 118 elements by atomic number. A molecule
+    The vocabulary is `<pad> <bos> <eos> <unk>` and the 118 elements by atomic number, unless
+    `PredictorConfig` says otherwise. A molecule
     reads `<bos> a_1 .. a_n` and is trained to say `a_1 .. a_n <eos>`. Parameters have GPT-2's
     names (linear weights as [out, in]); the head is tied to `wte`.
 
@@ -58,7 +81,7 @@ class NextAtomPredictor(nn.Module):
     most atoms before it.
 
     Args:
-        config: `layers` 2, `heads` 2, `width` 128, `positions` 512 (the defaults).
+        config: fields of `PredictorConfig`.
 
     Example:
         >>> import torch
@@ -72,7 +95,12 @@ class NextAtomPredictor(nn.Module):
         options = PredictorConfig(**(config or {}))
         self.config = asdict(options)
         self.positions = options.positions
-        self.wte = nn.Embedding(VOCABULARY_SIZE, options.width)
+        published = options.vocabulary == "published"
+        every = torch.arange(NUM_ELEMENTS + 1)
+        tokens = _published_tokens() if published else atom_tokens(every)
+        self.register_buffer("token_of_element", tokens, persistent=False)
+        size = EOS + 1 + len(PUBLISHED_ELEMENTS) if published else VOCABULARY_SIZE
+        self.wte = nn.Embedding(size, options.width)
         self.wpe = nn.Embedding(options.positions, options.width)
         self.h = nn.ModuleList(_Block(options.width, options.heads) for _ in range(options.layers))
         self.ln_f = nn.LayerNorm(options.width)
@@ -95,7 +123,7 @@ class NextAtomPredictor(nn.Module):
         """
         rows = offsets + torch.arange(len(offsets), device=offsets.device) if end else offsets
         num_rows = elements.shape[0] + (len(offsets) - 1 if end else 0)
-        tokens = atom_tokens(elements)
+        tokens = self.tokens(elements)
         if elements.shape[0] + end <= self.positions or rows.diff().max() <= self.positions:
             hidden = self._hidden(tokens, offsets[:-1], rows, num_rows)
         else:
@@ -106,8 +134,13 @@ class NextAtomPredictor(nn.Module):
         """Mean negative log-likelihood in nats of all atoms and ends; N must be offsets[-1]."""
         logits = self(elements, offsets, end=True)
         targets = torch.full(logits.shape[:1], EOS, device=logits.device)
-        targets[self._rows_with_end(elements, offsets)] = atom_tokens(elements)
+        targets[self._rows_with_end(elements, offsets)] = self.tokens(elements)
         return F.cross_entropy(logits, targets)
+
+    def tokens(self, elements: Tensor) -> Tensor:
+        """The token [N] of atomic numbers [N]."""
+        known = (elements >= 1) & (elements <= NUM_ELEMENTS)
+        return self.token_of_element[torch.where(known, elements, 0)]
 
     def entropies(self, elements: Tensor, offsets: Tensor, *, unit: str = "nats") -> Tensor:
         """Uncertainty [N] of every atom given the atoms before it, in nats or bits."""
@@ -182,6 +215,14 @@ class NextAtomPredictor(nn.Module):
         for block in self.h:
             for projection in (block.attn.c_proj, block.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * len(self.h)))
+
+
+def _published_tokens() -> Tensor:
+    """The published token of every atomic number from 0 to 118."""
+    tokens = torch.full((NUM_ELEMENTS + 1,), EOS)
+    numbers = torch.tensor(list(PUBLISHED_ELEMENTS.values()))
+    tokens[numbers] = torch.arange(len(numbers)) + EOS + 1
+    return tokens
 
 
 class _Block(nn.Module):
