@@ -138,7 +138,7 @@ def read_as_written(smiles: str, *, max_atoms: int = MAX_ATOMS) -> Molecule | In
         reason = f"must be a SMILES string, got {type(smiles).__name__}"
         return Invalid(_describe(smiles), reason)
     try:
-        with _quiet():
+        with quiet():
             mol, order = _parse(smiles)
         _check_size(mol, max_atoms)
     except (ValueError, RuntimeError) as error:
