@@ -60,7 +60,7 @@ def register_connector(name: str) -> Callable[[type[Connector]], type[Connector]
         ...         self.project = nn.Linear(config["encoder_width"], config["llm_width"])
         ...
         ...     def forward(self, features, patches):
-        ...         mean = self.project(segment_pool(*features, reduce="mean"))
+        ...         mean = self.project(segment_pool(features.values, features.offsets))
         ...         return MoleculeTokens(mean, torch.arange(len(mean) + 1, device=mean.device))
         ...
         ...     def token_counts(self, patch_counts, num_molecules):
