@@ -492,3 +492,46 @@ def test_the_text_branch_equals_the_published_numbers():
         cut(mask.sum(1)),
     )
     torch.testing.assert_close(out.text, record["text_last_hidden"][mask], rtol=0, atol=1e-4)
+
+
+def two_views() -> GraphFeatures:
+    """Per molecule a first row that is no atom, the atoms of one view, then of another."""
+    torch.manual_seed(3)
+    values, rows, first, second = [], 0, [], []
+    for n in ATOMS:
+        values.append(torch.randn(1 + 2 * n, SIZE["encoder_width"]))
+        first.append(torch.arange(n) + rows + 1)
+        second.append(torch.arange(n) + rows + 1 + n)
+        rows += 1 + 2 * n
+    lengths = [1 + 2 * n for n in ATOMS]
+    views = torch.cat(first), torch.cat(second)
+    return GraphFeatures(torch.cat(values), cut(lengths), views)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "concat"])
+def test_a_patch_is_the_same_atoms_in_every_view(reduce):
+    found, both = two_views(), packed_patches()
+    model = connector(view_reduce=reduce, num_views=2, **BOTH)
+    queries = model.queries(found, both)
+    rows = model.ln_graph(found.values)
+    flat, spatial = (rows[view].split(ATOMS) for view in found.views)
+    for m, (a, b) in enumerate(zip(flat, spatial, strict=True)):
+        expected = [model.query_tokens[0]]
+        for source in ("brics", "entropy"):
+            ids = torch.tensor(IDS[source][m])
+            for patch in ids.unique():
+                views = a[ids == patch].mean(0), b[ids == patch].mean(0)
+                joined = torch.cat(views) if reduce == "concat" else (views[0] + views[1]) / 2
+                expected.append(model.local_q_proj(joined)[None])
+        mine = queries.values[queries.offsets[m] : queries.offsets[m + 1]]
+        torch.testing.assert_close(mine, torch.cat(expected))
+
+
+def test_views_that_are_too_few_are_refused():
+    model = connector(view_reduce="concat", num_views=2)
+    with pytest.raises(ValueError, match="must have 2 views"):
+        model.queries(features(), packed_patches())
+    with pytest.raises(ValueError, match="view_reduce must be one of"):
+        connector(view_reduce="sum")
+    with pytest.raises(ValueError, match="num_views must be at least 1"):
+        connector(num_views=0)

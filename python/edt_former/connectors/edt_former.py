@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import edt_kernels
 from edt_former.connectors.connector import register_connector
@@ -17,6 +17,7 @@ from edt_former.tokens.rows import molecule_of_rows
 from edt_kernels import Patches
 
 REDUCTIONS = ("mean", "sum", "max", "min")
+VIEW_REDUCTIONS = ("mean", "concat")
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,17 @@ class EDTFormerConfig(QFormerConfig):
         patches: `PatchOptions`, or a mapping of its fields.
         patch_reduce: "mean", "sum", "max" or "min" of a patch's atoms.
         max_dynamic: most dynamic queries of a molecule, the first in order; None for all.
+        view_reduce: how the views of an atom (2D and 3D) enter its patch: their "mean", or
+            "concat", one after the other.
+        num_views: of the graph encoder; needed by "concat" alone.
     """
 
     cross_attention_freq: int = 1
     patches: PatchOptions = field(default_factory=PatchOptions)
     patch_reduce: str = "mean"
     max_dynamic: int | None = None
+    view_reduce: str = "mean"
+    num_views: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +51,13 @@ class EDTFormerConfig(QFormerConfig):
             )
         if self.max_dynamic is not None and self.max_dynamic < 0:
             raise ValueError(f"max_dynamic must be at least 0, got {self.max_dynamic}")
+        if self.view_reduce not in VIEW_REDUCTIONS:
+            raise ValueError(
+                f"view_reduce must be one of {', '.join(map(repr, VIEW_REDUCTIONS))}, "
+                f"got {self.view_reduce!r}"
+            )
+        if self.num_views < 1:
+            raise ValueError(f"num_views must be at least 1, got {self.num_views}")
 
 
 @register_connector("edt_former")
@@ -53,7 +66,8 @@ class EDTFormer(QFormer):
 
     A dynamic query is Linear(mean of the normalised atoms of its patch). A molecule has exactly
     as many as it has patches, of the sources that `patches` names: no padding, no limit unless
-    `max_dynamic` sets one.
+    `max_dynamic` sets one. A patch is the same atoms in every view of the graph encoder
+    (`GraphFeatures.views`); rows that are no atoms ([CLS], graph tokens) belong to none.
 
     Args:
         config: options of `EDTFormerConfig`, `llm_width` at least.
@@ -78,7 +92,9 @@ class EDTFormer(QFormer):
         super().__init__(config)
         self.patch_options = self.options.patches
         self.config["patches"]["sources"] = list(self.patch_options.sources)
-        self.local_q_proj = nn.Linear(self.options.encoder_width, self.options.width)
+        concat = self.options.view_reduce == "concat"
+        patch_width = self.options.encoder_width * (self.options.num_views if concat else 1)
+        self.local_q_proj = nn.Linear(patch_width, self.options.width)
         nn.init.normal_(self.local_q_proj.weight, std=0.02)
         nn.init.zeros_(self.local_q_proj.bias)
 
@@ -87,7 +103,7 @@ class EDTFormer(QFormer):
         wanted = [_source(patches, name) for name in self.patch_options.sources]
         if not wanted:
             return super().queries(features, patches)
-        atoms = self.ln_graph(features.values)
+        atoms = self._atoms(features)
         pooled = [
             edt_kernels.segment_pool(
                 atoms, source.atom_offsets, order=source.order, reduce=self.options.patch_reduce
@@ -101,6 +117,18 @@ class EDTFormer(QFormer):
         return Rows(
             *edt_kernels.ragged_cat([self.query_tokens[0], queries], [None, dynamic.offsets])
         )
+
+    def _atoms(self, features: GraphFeatures) -> Tensor:
+        """The normalised atoms, one row each, of all views together."""
+        views = features._replace(values=self.ln_graph(features.values)).atoms()
+        if self.options.view_reduce == "mean":
+            return torch.stack(views).mean(0) if len(views) > 1 else views[0]
+        if len(views) != self.options.num_views:
+            raise ValueError(
+                f"the graph encoder must have {self.options.num_views} views (num_views), "
+                f"it has {len(views)}"
+            )
+        return torch.cat(views, 1)
 
     def token_counts(self, patch_counts: Mapping[str, list[int]], num_molecules: int) -> list[int]:
         """`num_queries`, and the patches of every source (at most `max_dynamic`)."""
