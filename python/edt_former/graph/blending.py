@@ -125,11 +125,17 @@ class Blended(GraphEncoder):
 
         Each with its own offsets and where its atoms are.
         """
-        flat = _with_mean(self.graph_encoder[FLAT](batch))
-        spatial = self.graph_encoder[SPATIAL](batch)
-        flat = flat._replace(values=self.ln_graph[FLAT](flat.values))
-        spatial = spatial._replace(values=self.ln_graph[SPATIAL](spatial.values))
-        return self.blending_module(flat, spatial)
+        return self.blending_module(self.flat(batch), self.spatial(batch))
+
+    def flat(self, batch: GraphBatch) -> GraphFeatures:
+        """The rows [mean, atoms] of the 2D encoder, normalised, before they are blended."""
+        view = _with_mean(self.graph_encoder[FLAT](batch))
+        return view._replace(values=self.ln_graph[FLAT](view.values))
+
+    def spatial(self, batch: GraphBatch) -> GraphFeatures:
+        """The rows [CLS], atoms, [SEP] of the 3D encoder, normalised, before they are blended."""
+        view = self.graph_encoder[SPATIAL](batch)
+        return view._replace(values=self.ln_graph[SPATIAL](view.values))
 
     def freeze(self) -> Self:
         """As of `GraphEncoder`; with `train_blending` only the two encoders."""
