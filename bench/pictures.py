@@ -1,4 +1,7 @@
-"""A picture per op: bars of the contenders' times, what they are to ours, and the ceiling."""
+"""A picture per op: bars of the contenders' times, what they are to ours, and the ceiling.
+
+Contests over the size of molecules are drawn as curves of speed, below the roof of the machine.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from bench.contest import Outcome
 
 # Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
 OURS, THEIRS, CEILING, RECORDED = "#0072B2", "#BBBBBB", "#D55E00", "#E69F00"
+PEERS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+MARKS = "s^vD"
+SIZE = "atoms per molecule"
 COLUMNS = 4
 CUT = 12
 """A bar more than this many times ours is cut, and says so."""
@@ -46,6 +52,42 @@ def contests(op: str, outcomes: Sequence[Outcome], file: Path) -> None:
         fontsize=11,
     )
     figure.savefig(file, dpi=110)
+
+
+def over_size(op: str, outcomes: Sequence[Outcome], file: Path) -> None:
+    """A panel per dtype and mode: GFLOP/s of every contender over the outcomes' `SIZE`."""
+    kinds = list(dict.fromkeys((o.dtype, o.mode) for o in outcomes))
+    figure = Figure(figsize=(4.8 * len(kinds) + 0.4, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
+    for ax, kind in zip(panels, kinds, strict=True):
+        rows = sorted(
+            (o for o in outcomes if (o.dtype, o.mode) == kind), key=lambda o: o.extra[SIZE]
+        )
+        _curves(ax, rows)
+        ax.set_title(", ".join(kind), fontsize=10, loc="left")
+    panels[0].set_ylabel("GFLOP/s over pairs that exist")
+    panels[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    figure.suptitle(f"{op} of molecules", fontsize=11)
+    figure.savefig(file, dpi=110)
+
+
+def _curves(ax: Axes, outcomes: Sequence[Outcome]) -> None:
+    sizes = [o.extra[SIZE] for o in outcomes]
+    roof = [1e-9 * o.work.flops / o.ceiling for o in outcomes]
+    ax.plot(sizes, roof, "--", color=CEILING, label="roof: bytes or FLOP", linewidth=1.6)
+    styles = [(OURS, "o", 2.2), *((c, m, 1.3) for c, m in zip(PEERS, MARKS, strict=True))]
+    for name, (colour, mark, width) in zip(outcomes[0].entries, styles, strict=False):
+        ran = [o for o in outcomes if o.entries[name].seconds]
+        speeds = [1e-9 * o.work.flops / o.entries[name].median for o in ran]
+        at = [o.extra[SIZE] for o in ran]
+        ax.plot(at, speeds, f"-{mark}", color=colour, label=name, linewidth=width)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(sizes, [f"{size:.0f}" for size in sizes], fontsize=8)
+    ax.minorticks_off()
+    ax.set_xlabel(SIZE)
+    ax.grid(True, color="#EEEEEE")
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def calls(calls: Sequence[Call], file: Path) -> None:

@@ -59,7 +59,9 @@ def save(book: Book, folder: Path) -> str:
     if book.goals:
         _write(folder / "goals.json", {"machine": machine, "goals": list(map(asdict, book.goals))})
     for op, outcomes in book.ops().items():
-        pictures.contests(op, outcomes, folder / f"{op}.png")
+        sizes = all(pictures.SIZE in outcome.extra for outcome in outcomes)
+        draw = pictures.over_size if sizes else pictures.contests
+        draw(op, outcomes, folder / f"{op}.png")
     if book.calls:
         pictures.calls(book.calls, folder / "calls.png")
     return f"figures and pictures: {folder}"

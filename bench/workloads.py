@@ -71,9 +71,10 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _drug_like(name: str, count: int) -> Workload:
-    """30 +- 9 atoms (8 to 60), a dynamic query for every 4 atoms."""
-    atoms = (30 + 9 * torch.randn(256, generator=_seeded(0))).round().clamp(8, 60).long()[:count]
+def drug_like(name: str, count: int, size: int = 30) -> Workload:
+    """`size` atoms +- 30 % (8 to twice the size), a dynamic query for every 4 of them."""
+    draws = torch.randn(max(count, 256), generator=_seeded(0))[:count]
+    atoms = (size + 0.3 * size * draws).round().clamp(8, 2 * size).long()
     return Workload(name, atoms, ANCHORS + atoms // 4)
 
 
@@ -83,8 +84,8 @@ def _large(name: str, count: int) -> Workload:
     return Workload(name, atoms, torch.full_like(atoms, 70))
 
 
-SMALL = _drug_like("C-S", 256)
+SMALL = drug_like("C-S", 256)
 LARGE = _large("C-L", 64)
-TRAIN_48 = _drug_like("W-T 48", 48)
-TRAIN_4 = _drug_like("W-T 4", 4)
+TRAIN_48 = drug_like("W-T 48", 48)
+TRAIN_4 = drug_like("W-T 4", 4)
 WORKLOADS = (SMALL, LARGE, TRAIN_48, TRAIN_4)
