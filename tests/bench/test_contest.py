@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 import edt_kernels
-from bench import contest, layouts, published, report, workloads
+from bench import contest, layouts, pictures, published, report, workloads
 from bench.book import Book, Call, Goal
-from bench.contest import Contender, Entry, Task, Work, WrongResultError
+from bench.contest import Contender, Entry, Outcome, Task, Work, WrongResultError
 from bench.machine import Machine
 
 pytest_plugins = ["pytester"]
@@ -251,6 +252,28 @@ def test_the_summary_says_what_is_missed_busy_and_not_judged(task):
     assert "goals: 1 of 2 met, 1 not judged" in text
     assert "2.00 of 3     MISSED" in text
     assert "not judged, not comparable" in text
+
+
+def test_contests_over_size_are_drawn_as_curves(task, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda ax, x, y, *_, **o: drawn.append((o["label"], x, y)))
+    book = Book()
+    for size in (16, 8):
+        work = Work(0.0, 1e9 * size)
+        entries = {"ours": Entry("ours", [2.0, 1.0, 3.0]), "theirs": Entry("theirs", [4.0])}
+        entries["broken"] = Entry("broken", [], note="skipped")
+        extra = {pictures.SIZE: size}
+        book.outcomes.append(
+            Outcome("op", f"{size}", "fp32", "forward", entries, work, 0.5, "FLOP", None, extra)
+        )
+    report.save(book, tmp_path)
+    assert (tmp_path / "op.png").stat().st_size > 0
+    assert {label: (x, y) for label, x, y in drawn} == {
+        "roof: bytes or FLOP": ([8, 16], [16, 32]),
+        "ours": ([8, 16], [4, 8]),
+        "theirs": ([8, 16], [2, 4]),
+        "broken": ([], []),
+    }
 
 
 def test_a_missed_goal_fails_when_asked_to(pytester):
