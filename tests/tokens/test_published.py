@@ -210,6 +210,26 @@ def test_entropies_thresholds_and_ids_of_all_molecules(record):
     assert [x or [0] for x in published] == [m["q"]["0.75"]["gids"] for m in molecules]
 
 
+def test_grouping_of_given_entropies_equals_the_published_one(record):
+    """Ties, constants and lengths 0 to 64, at q from 0 to 1; alone and in one batch."""
+    groups = json.loads(Path(os.environ["EDT_SHARED"], "oracles", "edt_entropy.json").read_text())[
+        "synthetic_grouping"
+    ]
+    assert sorted(group["q"] for group in groups) == [0, 0.25, 0.5, 0.75, 0.9, 1]
+    for group in groups:
+        options = {"rule": "rising_edge", "q": group["q"]}
+        given = [torch.tensor(case["entropies"], dtype=torch.float32) for case in group["cases"]]
+        offsets = edt_kernels.offsets_from_lengths(torch.tensor([len(x) for x in given]))
+        together = edt_kernels.find_patches(torch.cat(given), offsets, **options)
+        ids = unpack_patches(together, offsets)
+        for i, (x, case) in enumerate(zip(given, group["cases"], strict=True)):
+            alone = edt_kernels.find_patches(x, torch.tensor([0, len(x)]), **options)
+            assert ids[i] == alone.ids.tolist() == case["gids"], (group["q"], i)
+            if len(x):
+                assert alone.threshold == together.threshold[i]
+                assert abs(alone.threshold.item() - case["threshold"]) < 1e-5
+
+
 def test_brics_ids_equal_the_published_ones_and_the_rest_is_reported(record):
     folder = Path(os.environ["EDT_SHARED"], "oracles")
     molecules = json.loads((folder / "edt_brics.json").read_text())["molecules"]
