@@ -1,4 +1,4 @@
-"""The published EDT-Former: the recorded numbers, from SMILES to the last hidden states."""
+"""The published EDT-Former: the recorded numbers, from SMILES to hidden states and losses."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from edt_former.connectors.qformer import Rows
 from edt_former.graph import Blended, GraphBatch, GraphEncoder, GraphFeatures, UniMol
 from edt_former.tokens import pack_patches
 from edt_former.tokens.published import predictor_from_gpt2
+from edt_former.train.objectives import Negatives, RepresentationLearning
 from edt_kernels import offsets_from_lengths
 from tests.train import published_reference as reference
 
@@ -220,6 +221,58 @@ def test_a_molecule_is_what_the_published_program_makes_of_it_alone(published, m
     close(found.pooled, front.pooled[0], atol=2e-5)
     close(found.queries.values, front.queries[0, :count], atol=2e-5)
     close(found.hidden.values, hidden[0, :count], atol=2e-5)
+
+
+def trainable(published):
+    """The task of stage 1 over all of the product, and its parameters by their published names."""
+    model, graph = connector(published, "both"), encoder(published, "both")
+    task = RepresentationLearning(model, embed_dim=32, begin_id=90, caption_position=96).eval()
+    state = {n.removeprefix("Qformer."): x for n, x in published.state.items()}
+    heads = {n: state[n] for n in task.state_dict() if not n.startswith("connector.")}
+    task.load_state_dict(heads, strict=False)
+    parameters = dict(graph.named_parameters()) | dict(model.named_parameters())
+    parameters |= {n: x for n, x in task.named_parameters() if n in heads}
+    return graph, task, parameters
+
+
+def test_losses_and_gradients_from_smiles_follow_the_published_rule_edt_stage1_losses(
+    published, recorded
+):
+    """The padded reference, which equals the record, of molecules that are read one by one."""
+    record, blended = recorded("edt_stage1_losses"), published.record["edt_encoder_blend"]
+    ids, words = record["in.input_ids"], record["in.attention_mask"].bool()
+    negatives = record["neg_graph_idx"], record["neg_text_idx"]
+    names = [name.removeprefix("grad.") for name in record if name.startswith("grad.")]
+    assert len(names) == 15
+    leaves = dict(published.state)
+    leaves |= {name: leaves[name].clone().requires_grad_() for name in names}
+    fronts = [reference.blend(leaves, alone(blended, m)) for m in ALL]
+    node, node_mask = (
+        torch.nn.utils.rnn.pad_sequence([getattr(f, part)[0] for f in fronts], batch_first=True)
+        for part in ("node", "node_mask")
+    )
+    queries, query_mask = (
+        torch.cat([getattr(f, part) for f in fronts]) for part in ("queries", "query_mask")
+    )
+    rows = node, node_mask, queries, query_mask
+    options = {"begin_id": 90, "first": 96, "padded_slots": False}
+    expected = reference.stage1(leaves, *rows, ids, words, negatives, **options).losses
+    gradients = torch.autograd.grad(sum(expected), [leaves[name] for name in names])
+
+    graph, task, parameters = trainable(published)
+    text = ids[words], offsets_from_lengths(words.sum(1))
+    losses = task(
+        graph(batch(published, ALL)),
+        patches(published, "both", ALL),
+        *text,
+        negatives=Negatives(*negatives),
+    )
+    for found, wanted in zip(losses, expected, strict=True):
+        close(found, wanted, atol=1e-5)
+    found = torch.autograd.grad(losses.total, [parameters[name] for name in names])
+    for name, mine, wanted in zip(names, found, gradients, strict=True):
+        assert wanted.abs().max() > 1e-2, name
+        close(mine, wanted, atol=1e-5)
 
 
 BATCHES = [
