@@ -217,10 +217,10 @@ def test_a_molecule_is_what_the_published_program_makes_of_it_alone(published, m
     )
     found = read(published, "both", [m])
     assert found.queries.offsets.tolist() == [0, count]
-    close(found.features.values, front.node[0], atol=2e-5)
-    close(found.pooled, front.pooled[0], atol=2e-5)
-    close(found.queries.values, front.queries[0, :count], atol=2e-5)
-    close(found.hidden.values, hidden[0, :count], atol=2e-5)
+    close(found.features.values, front.node[0], atol=5e-5)
+    close(found.pooled, front.pooled[0], atol=5e-5)
+    close(found.queries.values, front.queries[0, :count], atol=5e-5)
+    close(found.hidden.values, hidden[0, :count], atol=5e-5)
 
 
 def trainable(published):
@@ -283,17 +283,21 @@ BATCHES = [
 ]
 
 
+# Dense products round as their shapes have it: float64 shows that it is rounding and no more.
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float32, 5e-5), (torch.float64, 1e-10)], ids=["float32", "float64"]
+)
 @pytest.mark.parametrize("views", RECORDS.values())
 @pytest.mark.parametrize("which", BATCHES)
-def test_a_molecule_is_the_same_in_every_batch(published, views, which):
-    together = read(published, views, which)
-    model = connector(published, views)
+def test_a_molecule_is_the_same_in_every_batch(published, views, which, dtype, atol):
+    together = read(published, views, which, dtype)
+    model = connector(published, views).to(dtype)
     for at, m in enumerate(which):
-        single = read(published, views, [m])
+        single = read(published, views, [m], dtype)
         for part in ("features", "queries", "hidden"):
             values, offsets = getattr(together, part)[:2]
             mine = values[offsets[at] : offsets[at + 1]]
-            close(mine, getattr(single, part).values, atol=1e-5)
+            close(mine, getattr(single, part).values, atol=atol)
         # Pooling is a kernel of its own: of the same rows it makes the same numbers, bit by bit.
         values, offsets = together.features[:2]
         mine = values[offsets[at] : offsets[at + 1]]
