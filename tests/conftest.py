@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from edt_former import shipped
 from edt_former.connectors import make_connector
@@ -24,6 +28,15 @@ CONNECTOR = {"encoder_width": 8, "llm_width": 16, "width": 16, "layers": 1, "hea
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Callable[[str], dict[str, torch.Tensor]]:
+    """Reads what the published programs computed: `recorded(name)` gives tensors by name."""
+    if "EDT_SHARED" not in os.environ:
+        pytest.skip("EDT_SHARED (folder of the recorded published numbers) is not set")
+    folder = Path(os.environ["EDT_SHARED"], "oracles")
+    return cache(lambda name: load_file(folder / f"{name}.safetensors"))
 
 
 @pytest.fixture(scope="session")

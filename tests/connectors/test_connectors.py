@@ -433,7 +433,7 @@ def load_published(model, state, ln_graph: str) -> None:
 BERT = {"width": 96, "layers": 4, "heads": 4, "ffn": 192, "llm_width": 8, "text_vocab_size": 91}
 
 
-def test_static_equals_the_published_numbers():
+def test_static_equals_the_published_numbers_qformer_molca_q8():
     record = oracle("qformer_molca_q8")
     sizes = {"encoder_width": 48, "num_queries": 8, "text_positions": 128}
     model = QFormer({**BERT, **sizes}).eval()
@@ -453,7 +453,7 @@ def published_edt() -> EDTFormer:
     return model
 
 
-def test_edt_former_equals_the_published_numbers():
+def test_edt_former_equals_the_published_numbers_edt_encoder_unimol():
     record, model = oracle("edt_encoder_unimol"), published_edt()
     nodes = record["enc.unimol.mask"].sum(1)
     atoms = [x[1 : n - 1] for x, n in zip(record["enc.unimol.node"], nodes, strict=True)]
@@ -479,7 +479,7 @@ def test_edt_former_equals_the_published_numbers():
     torch.testing.assert_close(hidden, record["last_hidden_state"][mask], rtol=0, atol=1e-4)
 
 
-def test_the_text_branch_equals_the_published_numbers():
+def test_the_text_branch_equals_the_published_numbers_edt_stage1_losses():
     record, model = oracle("edt_stage1_losses"), published_edt()
     mask = record["in.attention_mask"].bool()
     none = torch.zeros(len(mask) + 1, dtype=torch.int64)

@@ -140,7 +140,7 @@ def test_without_special_tokens_only_the_atoms_of_both_views_are_left():
 @pytest.mark.parametrize(
     "which", [None, *([m] for m in range(8))], ids=["batch", *(f"molecule {m}" for m in range(8))]
 )
-def test_equals_the_published_numbers(published, which):
+def test_equals_the_published_numbers_edt_encoder_blend(published, which):
     record, model = published.blend, published_encoder(published.state)
     batch = published.batch(record, which)
     which = list(range(8)) if which is None else which
@@ -153,7 +153,7 @@ def test_equals_the_published_numbers(published, which):
     assert torch.equal(features.offsets.diff(), record["node_mask"][which].sum(1))
 
 
-def test_every_published_level_is_equal(published):
+def test_every_published_level_is_equal_edt_encoder_blend(published):
     record, model = published.blend, published_encoder(published.state)
     seen = {}
 
@@ -191,7 +191,7 @@ def test_every_published_level_is_equal(published):
         torch.testing.assert_close(spatial, recorded(f"blend.block{n}.f3d", "unimol"), **close)
 
 
-def test_equals_the_published_numbers_in_float64(published):
+def test_equals_the_published_numbers_in_float64_edt_encoder_blend(published):
     model = published_encoder(published.state).double()
     expected = published.exact["node"][published.blend["node_mask"]]
     features = model(published.batch(published.blend))

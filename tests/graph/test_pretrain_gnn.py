@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from rdkit import Chem
 
-from edt_former.chem import PRETRAIN_FEATURES_ID, read_molecule, read_molecules
+from edt_former.chem import PRETRAIN_FEATURES_ID, read_as_written, read_molecule, read_molecules
 from edt_former.graph import GIN, GraphBatch, PretrainGNN, make_encoder
 
 SMILES = ["CC(=O)Oc1ccccc1C(=O)O", "[Na+].[Cl-]", "C/C=C\\C", "N[C@@H](C)C(=O)O", "[He]", "C#CF"]
@@ -110,6 +110,40 @@ def test_the_published_weights_load_and_compute_what_dense_matrices_do(layer, fi
     expected = torch.cat([dense(state, layer, smiles) for smiles in SMILES])
     scale = expected.abs().max()
     torch.testing.assert_close(found / scale, (expected / scale).float(), rtol=0, atol=1e-5)
+
+
+MOLCA = ["C", "CC", "CC(=O)Oc1ccccc1C(=O)O", "Cn1c(=O)c2c(ncn2C)n(C)c1=O", "CC(=O)[O-].[Na+]"]
+MOLCA += ["C[C@H](N)C(=O)O", "Cc1ccc(NC(=O)c2ccc(CN3CCN(C)CC3)cc2)cc1Nc1nccc(-c2cccnc2)n1"]
+MOLCA += ["c1ccccc1"]
+
+
+def test_equals_the_published_numbers_qformer_molca_q8(recorded):
+    """MolCA's encoder from SMILES: its features, then [mean; atoms] under its LayerNorm."""
+    record = recorded("qformer_molca_q8")
+    molecules = [read_as_written(smiles) for smiles in MOLCA]
+    batch = GraphBatch.pack(molecules, features=PRETRAIN_FEATURES_ID)
+    assert torch.equal(batch.atom_features, record["in.x"])
+    bonds = [
+        sorted(torch.cat([index, features.T]).T.tolist())
+        for index, features in (
+            (batch.bond_index, batch.bond_features),
+            (record["in.edge_index"], record["in.edge_attr"]),
+        )
+    ]
+    assert bonds[0] == bonds[1]
+
+    model = PretrainGNN("gin", layers=3, width=48, self_loop=0).eval()
+    prefix = "state.graph_encoder."
+    model.load_state_dict({k: record[f"{prefix}{k}"] for k in model.state_dict()}, strict=True)
+    assert sum(k.startswith(prefix) for k in record) == len(model.state_dict())
+    with torch.no_grad():
+        atoms = model(batch).values.split(batch.offsets.diff().tolist())
+    weight, bias = record["state.ln_graph.weight"], record["state.ln_graph.bias"]
+    for m, x in enumerate(atoms):
+        rows = torch.cat([x.mean(0, keepdim=True), x])
+        found = F.layer_norm(rows, (48,), weight, bias)
+        expected = record["node"][m][record["node_mask"][m]]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_parameter_names_and_default_sizes_of_gin_are_the_published_ones():

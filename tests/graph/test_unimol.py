@@ -105,7 +105,7 @@ def test_equals_unimol_written_out(m):
     torch.testing.assert_close(small()(batch).values, expected[1:-1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("record", ["unimol", "blend"])
+@pytest.mark.parametrize("record", ["unimol", "blend"], ids="edt_encoder_{}".format)
 def test_equals_the_published_numbers(published, record):
     record = getattr(published, record)
     features = published_encoder(published.state)(published.batch(record))
@@ -118,7 +118,7 @@ def test_equals_the_published_numbers(published, record):
     torch.testing.assert_close(norm(features.values), expected, rtol=0, atol=1e-4)
 
 
-def test_equals_the_published_numbers_in_float64(published):
+def test_equals_the_published_numbers_in_float64_edt_encoder_blend(published):
     expected = published.exact["enc.unimol.node"][published.blend["enc.unimol.mask"]]
     batch = published.batch(published.blend)
     features = published_encoder(published.state).double()(batch)
@@ -126,7 +126,7 @@ def test_equals_the_published_numbers_in_float64(published):
 
 
 @pytest.mark.parametrize("m", range(8))
-def test_a_published_molecule_alone(published, m):
+def test_a_published_molecule_alone_edt_encoder_blend(published, m):
     features = published_encoder(published.state)(published.batch(published.blend, [m]))
     expected = published.blend["enc.unimol.node"][m][published.blend["enc.unimol.mask"][m]]
     torch.testing.assert_close(features.values, expected, rtol=0, atol=1e-4)

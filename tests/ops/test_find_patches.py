@@ -197,7 +197,7 @@ def test_published_patches(h, ids):
 
 
 @pytest.mark.skipif("EDT_SHARED" not in os.environ, reason="EDT_SHARED names no recorded numbers")
-def test_published_patches_of_the_record():
+def test_published_patches_of_the_record_edt_entropy():
     record = json.loads(Path(os.environ["EDT_SHARED"], "oracles/edt_entropy.json").read_text())
     for group in record["synthetic_grouping"]:
         cases = [torch.tensor(c["entropies"], dtype=torch.float32) for c in group["cases"]]

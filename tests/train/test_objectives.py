@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from edt_former.chem import read_as_written
 from edt_former.connectors import EDTFormer, QFormer
 from edt_former.connectors.qformer import Rows
-from edt_former.graph import GraphFeatures
+from edt_former.graph import GraphBatch, GraphFeatures, PretrainGNN
 from edt_former.tokens import pack_patches
 from edt_former.train.objectives import (
     Negatives,
@@ -238,7 +239,7 @@ def padded():
     return record, leaves, front, run
 
 
-def test_the_padded_reference_equals_the_published_numbers(padded):
+def test_the_padded_reference_equals_the_published_numbers_edt_stage1_losses(padded):
     record, _, front, run = padded
     out, grads = run()
     blended = oracle("edt_encoder_blend")
@@ -258,7 +259,7 @@ def test_the_padded_reference_equals_the_published_numbers(padded):
         close(grads[name], record[f"grad.{name}"], atol=1e-5)
 
 
-def test_losses_features_logits_and_gradients_equal_the_published_ones(padded):
+def test_losses_and_gradients_equal_the_published_ones_edt_stage1_losses(padded):
     """Recorded numbers where padding has no part in them, else the reference without padding."""
     record, leaves, front, run = padded
     connector = EDTFormer(
@@ -279,24 +280,32 @@ def test_losses_features_logits_and_gradients_equal_the_published_ones(padded):
     graph, features = model.graph_features(hidden), model.text_features(text)
     close(graph.values, record["graph_feats"][mask])
     close(features, record["text_feats"])
-    exists = (record["graph_feats"] @ record["text_feats"].T / 0.1).masked_fill(
-        ~mask[..., None], -torch.inf
-    )
-    close(model.similarities(graph, features), exists.amax(1))
-    assert (exists.amax(1) == record["logits_g2t"]).sum() > 55, "padding wins in few pairs only"
+    similarity = model.similarities(graph, features)
+    every = record["graph_feats"] @ record["text_feats"].T / 0.1
+    close(similarity, every.masked_fill(~mask[..., None], -torch.inf).amax(1))
+    # What the recorded slots of padding add makes the recorded contrast of it.
+    padding = every.masked_fill(mask[..., None], -torch.inf).amax(1)
+    close(torch.maximum(similarity, padding), record["logits_g2t"])
+    close(torch.maximum(similarity, padding).T, record["logits_t2g"])
+    close(contrast_loss(torch.maximum(similarity, padding)), record["loss_gtc"])
+    assert (similarity > padding).sum() > 55, "padding wins in few pairs only"
 
     own = torch.arange(8)
     graphs, texts = torch.cat([own, negatives.graphs, own]), torch.cat([own, own, negatives.texts])
     read = [front.node[g][front.node_mask[g]] for g in graphs]
     said = [record["in.input_ids"][t][words[t]] for t in texts]
     pairs = (Rows(torch.cat(x), cut([len(part) for part in x])) for x in (read, said))
+    by_anchor = []
+    model.gtm_head.register_forward_hook(lambda _, __, out: by_anchor.append(out))
     close(model.matching_logits(*pairs), record["gtm_logits"])
+    close(by_anchor[0].unflatten(0, (24, 32)), record["gtm_token_logits"])
 
     reference, expected = run(padded_slots=False)
     losses = model.losses(queries, keys, text, negatives=negatives)
     close(losses.contrast, reference.losses[0])
     close(losses.matching, record["loss_gtm"])
     close(losses.captioning, record["loss_lm"])
+    close(losses.total - losses.contrast, record["loss"] - record["loss_gtc"])
     losses.total.backward()
     mine = dict(model.named_parameters())
     for name in [key.removeprefix("grad.") for key in record if key.startswith("grad.")]:
@@ -306,28 +315,61 @@ def test_losses_features_logits_and_gradients_equal_the_published_ones(padded):
         close(sum(parts), expected[name], atol=1e-5)
 
 
-def test_static_losses_equal_the_published_ones():
-    """Without dynamic queries nothing is padded, so all numbers are the recorded ones."""
+def test_weights_of_negatives_equal_the_published_ones_edt_stage1_losses(monkeypatch):
+    record, seen = oracle("edt_stage1_losses"), []
+    draw = torch.multinomial
+    monkeypatch.setattr(
+        torch,
+        "multinomial",
+        lambda weights, *a, **k: seen.append(weights) or draw(weights, *a, **k),
+    )
+    draw_negatives(record["logits_g2t"])
+    # Graphs are drawn for texts, by their likeness to the text; and the other way round.
+    for found, name in zip(seen, ("t2g", "g2t"), strict=True):
+        close(found, record[f"neg_weights_{name}"], atol=1e-6)
+
+
+MOLCA = ["C", "CC", "CC(=O)Oc1ccccc1C(=O)O", "Cn1c(=O)c2c(ncn2C)n(C)c1=O", "CC(=O)[O-].[Na+]"]
+MOLCA += ["C[C@H](N)C(=O)O", "Cc1ccc(NC(=O)c2ccc(CN3CCN(C)CC3)cc2)cc1Nc1nccc(-c2cccnc2)n1"]
+MOLCA += ["c1ccccc1"]
+
+
+def test_static_losses_equal_the_published_ones_qformer_molca_q8():
+    """From SMILES; without dynamic queries nothing is padded, so all numbers are the recorded."""
     record = oracle("qformer_molca_q8")
     state = {k.removeprefix("state."): v for k, v in record.items() if k.startswith("state.")}
     sizes = {"encoder_width": 48, "num_queries": 8, "text_positions": 128}
     connector = QFormer({**BERT, **sizes, "cross_attention_freq": 2})
     model = published_task(state, connector)
+    encoder = PretrainGNN("gin", layers=3, width=48, self_loop=0).eval()
+    encoder.load_state_dict({k: state[f"graph_encoder.{k}"] for k in encoder.state_dict()})
+    molecules = [read_as_written(smiles) for smiles in MOLCA]
+    features = encoder(GraphBatch.pack(molecules, features=encoder.features))
     nodes, words = record["node_mask"], record["in.attention_mask"].bool()
     text = Rows(record["in.input_ids"][words], cut(words.sum(1)))
-    keys = Rows(record["node"][nodes], cut(nodes.sum(1)))
-    queries = connector.queries(GraphFeatures(torch.zeros(0, 48), torch.zeros(9).long()), {})
 
+    queries, keys = connector.queries(features, {}), connector.keys(features)
+    assert torch.equal(keys.offsets.diff(), nodes.sum(1))
+    close(keys.values, record["node"][nodes])
     hidden, logits = model.caption(queries, keys, text)
     close(hidden.values, record["query_last_hidden"].flatten(0, 1))
-    close(logits, record["lm_logits"][words], atol=2e-4)
+    close(connector.read(features, {}).values, record["query_last_hidden"].flatten(0, 1))
+    close(logits, record["lm_logits"][words])
     close(model.graph_features(hidden).values, record["graph_feats"].flatten(0, 1))
     close(model.text_features(text), record["text_feats"])
     negatives = Negatives(record["neg_graph_idx"], record["neg_text_idx"])
-    losses = model.losses(queries, keys, text, negatives=negatives)
+    losses = model(features, {}, *text, negatives=negatives)
     for loss, name in zip(losses, ("itc", "itm", "lm"), strict=True):
         close(loss, record[f"loss_{name}"])
     close(losses.total, record["loss"])
-    logits = model.matching_logits(keys, text)
-    close(logits, record["gtm_token_logits"][:8].mean(1))
-    close(logits[:, 1], record["compute_gtm_positive_logit"])
+
+    own = torch.arange(8)
+    graphs, texts = torch.cat([own, negatives.graphs, own]), torch.cat([own, own, negatives.texts])
+    read = [record["node"][g][nodes[g]] for g in graphs]
+    said = [record["in.input_ids"][t][words[t]] for t in texts]
+    pairs = (Rows(torch.cat(x), cut([len(part) for part in x])) for x in (read, said))
+    by_anchor = []
+    model.gtm_head.register_forward_hook(lambda _, __, out: by_anchor.append(out))
+    logits = model.matching_logits(*pairs)
+    close(by_anchor[0].unflatten(0, (24, 8)), record["gtm_token_logits"])
+    close(logits[:8, 1], record["compute_gtm_positive_logit"])

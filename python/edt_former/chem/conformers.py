@@ -30,6 +30,7 @@ _STAGES = (
     {"useExpTorsionAnglePrefs": False, "useBasicKnowledge": False},
 )
 _GAP = 3.0  # angstrom between the fragments of a salt, before the force field draws them together
+_FAR = 6.0  # angstrom to the next fragment, hydrogens included, of one that was driven off
 _GRACE = 1.0  # seconds that RDKit's own clock may be late before its process is ended
 
 
@@ -78,7 +79,8 @@ def make_conformer(
     Hydrogens are added, ETKDGv3 (doi:10.1021/acs.jcim.0c00025) embeds the molecule, MMFF94
     (200 steps) relaxes it where it knows all atoms, and the added hydrogens go again. Where ETKDGv3
     fails it starts from random coordinates, then without knowledge of torsions. The fragments of a
-    salt are embedded apart, laid side by side, and relaxed together.
+    salt are embedded apart, laid side by side, and relaxed together, or each alone where they would
+    drive one another off.
 
     RDKit looks at the clock between its attempts only, so a large molecule can take longer than
     `timeout`: `ConformerPool` ends it in time.
@@ -121,7 +123,7 @@ class ConformerPool:
     """Processes that make conformers, and are ended when a molecule takes too long.
 
     Processes start when they are first needed and stay until `close`, or until the pool is gone.
-    A copy of a pool, pickled or not, starts its own.
+    A copy of a pool starts its own, be it pickled, forked or copied.
 
     Args:
         options: of all conformers.
@@ -191,23 +193,25 @@ class _Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
+        self.owner: int | None = None  # who started it: a fork of the owner has a copy of this
 
     def make(self, molecule: Molecule, options: ConformerOptions) -> Conformer | Invalid:
-        if self.process is None:
-            self.process = _start()
-        late = threading.Event()
+        if not self._mine() or self.process.poll() is not None:
+            self.close()
+            self.process, self.owner = _start(), os.getpid()
+        process, late = self.process, threading.Event()
 
         def end() -> None:
             late.set()
-            self.process.kill()
+            process.kill()
 
         clock = threading.Timer(options.timeout + _GRACE, end)
         clock.start()
         try:
             # The drawing is made here: it must come out where the process is ended.
-            pickle.dump((molecule, replace(options, flat=False)), self.process.stdin)
-            self.process.stdin.flush()
-            result = pickle.load(self.process.stdout)
+            pickle.dump((molecule, replace(options, flat=False)), process.stdin)
+            process.stdin.flush()
+            result = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             self.close()
             reason = _too_long(options) if late.is_set() else "RDKit crashed"
@@ -219,10 +223,13 @@ class _Worker:
         return result
 
     def close(self) -> None:
-        if self.process is not None:
+        if self._mine():
             self.process.kill()
             self.process.communicate()
-            self.process = None
+        self.process = None
+
+    def _mine(self) -> bool:
+        return self.process is not None and self.owner == os.getpid()
 
     def __del__(self) -> None:
         self.close()
@@ -309,10 +316,32 @@ def _embedded(mol: Chem.Mol, options: ConformerOptions) -> Chem.Mol:
         raise ValueError(_too_long(options) if late else "RDKit cannot embed the molecule")
     _lay_side_by_side(mol)
     if rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
-        rdForceFieldHelpers.MMFFOptimizeMolecule(mol, ignoreInterfragInteractions=False)
+        mol = _relaxed(mol)
     if time.monotonic() >= deadline:
         raise ValueError(_too_long(options))
     return mol
+
+
+def _relaxed(mol: Chem.Mol) -> Chem.Mol:
+    alone = Chem.Mol(mol)
+    rdForceFieldHelpers.MMFFOptimizeMolecule(mol, ignoreInterfragInteractions=False)
+    if _together(mol):
+        return mol
+    rdForceFieldHelpers.MMFFOptimizeMolecule(alone, ignoreInterfragInteractions=True)
+    return alone
+
+
+def _together(mol: Chem.Mol) -> bool:
+    """Whether every fragment is near to another, and all are joined so."""
+    positions = mol.GetConformer().GetPositions()
+    joined, *others = (positions[list(fragment)] for fragment in Chem.GetMolFrags(mol))
+    while others:
+        gaps = [np.linalg.norm(joined[:, None] - other, axis=-1).min() for other in others]
+        nearest = int(np.argmin(gaps))
+        if gaps[nearest] > _FAR:
+            return False
+        joined = np.concatenate([joined, others.pop(nearest)])
+    return True
 
 
 def _too_long(options: ConformerOptions) -> str:

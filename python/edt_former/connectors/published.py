@@ -39,6 +39,7 @@ class PublishedEDTFormerConfig(EDTFormerConfig):
             object.__setattr__(self, "patches", PublishedPatchOptions(**self.patches))
         super().__post_init__()
         fixed = {"graph_token": False, "sum_tokens": 0, "patch_reduce": "mean"}
+        fixed |= {"view_reduce": "mean", "num_views": 1}
         for name, value in fixed.items():
             if getattr(self, name) != value:
                 raise ValueError(
