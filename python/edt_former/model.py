@@ -360,6 +360,30 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         graph = GraphBatch.pack(read, coordinates, features=self.config.features).to(self.device)
         return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
 
+    def set_budget(self, **budget: int | None) -> None:
+        """Fewer tokens for every molecule, so shorter prompts; saved with the model.
+
+        Args:
+            budget: `anchors`, the learned queries that are used, the first in order; and of a
+                connector with patches `dynamic`, the most queries from patches. What is not given
+                has no limit.
+
+        Raises:
+            TypeError: the connector has no such budget.
+            ValueError: a budget that is negative, or beyond the anchors that there are.
+
+        Example:
+            >>> import edt_former
+            >>> model = edt_former.load("edt_former")
+            >>> model.set_budget(anchors=16, dynamic=4)
+            >>> model.embed_molecules(["CCO", "CC(=O)Oc1ccccc1C(=O)O"]).offsets
+            tensor([ 0, 18, 37])
+        """
+        self.connector.set_budget(**budget)
+        self.config.connector_config = self.connector.config
+        if self.processor is not None:
+            self.processor.set_budget(**budget)
+
     def answer(
         self,
         molecules: Any,

@@ -27,7 +27,6 @@ from edt_former.chem import (
     ConformerPool,
     Invalid,
     Molecule,
-    brics_fragments,
     check_graph_data,
     read_as_written,
     read_molecule,
@@ -44,6 +43,7 @@ from edt_former.tokens import (
     NextAtomPredictor,
     PatchOptions,
     PublishedPatchOptions,
+    cut_molecules,
     pack_patches,
     unpack_patches,
 )
@@ -105,7 +105,7 @@ def find_patch_sets(
         molecules: the B molecules of `graph`.
         graph: on the predictor's device.
         options: a connector's `patch_options`.
-        predictor: needed where `options.sources` names "entropy".
+        predictor: needed where `options.needs_predictor`.
 
     Raises:
         ValueError: BRICS patches of a molecule whose SMILES is not known.
@@ -114,20 +114,11 @@ def find_patch_sets(
         found = options.find(molecules, predictor)
         sets = {source: pack_patches(ids) for source, ids in found.items()}
         return PatchSets(sets).to(graph.offsets.device)
-    sets = {}
-    for source in options.sources:
-        if source == "entropy":
-            _, found = predictor.patches(graph.elements, graph.offsets, **options.cutting())
-            sets[source] = found.trim()
-        else:
-            sets[source] = pack_patches([_fragments(molecule) for molecule in molecules])
+    sets = {
+        source: cut_molecules(source, molecules, graph, options, predictor)
+        for source in options.sources
+    }
     return PatchSets(sets).to(graph.offsets.device)
-
-
-def _fragments(molecule: Molecule) -> np.ndarray:
-    if not molecule.smiles:
-        raise ValueError("BRICS patches need a molecule's SMILES, got graph data without one")
-    return brics_fragments(molecule)
 
 
 def as_molecule(source: Any, *, as_written: bool = False) -> Molecule | Invalid:
@@ -270,7 +261,7 @@ class MoleculeProcessor:
         with torch.device("meta"):
             self._connector = make_connector(config)
         self.patch_options = self._connector.patch_options
-        if "entropy" in self.patch_options.sources and predictor is None:
+        if self.patch_options.needs_predictor and predictor is None:
             raise ValueError("predictor is needed for patches from entropies, got None")
         if mol_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([mol_token], special_tokens=True)
@@ -355,6 +346,10 @@ class MoleculeProcessor:
         """How many tokens each molecule takes in a prompt."""
         read = read_all(molecules, options=self.patch_options)
         return self._patches(read, GraphBatch.pack(read))[1]
+
+    def set_budget(self, **budget: int | None) -> None:
+        """As of the connector; see `MoleculeLM.set_budget`, which calls it."""
+        self._connector.set_budget(**budget)
 
     def coordinates(self, molecules: Sequence[Molecule]) -> list[np.ndarray] | None:
         """Coordinates [n, 3] of every molecule; None where the graph encoder reads none.

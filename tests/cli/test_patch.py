@@ -252,3 +252,49 @@ class TestFile:
         assert fails("patch", "a.smi") == "a.smi has no valid molecule in 2 rows: unclosed ring"
         message = "--out must be in a folder that exists, got no/out.csv"
         assert fails("patch", "a.smi", "--out", "no/out.csv") == message
+
+
+def test_patches_are_altered_on_request(edt):
+    salt = "[Na+].CC(=O)[O-]"
+    whole = as_json(edt, salt, "--rule", "threshold", "--threshold", 99)
+    pieces = as_json(edt, salt, "--rule", "threshold", "--threshold", 99, "--connected")
+    assert (len(whole["patches"]), len(pieces["patches"])) == (1, 2)
+    assert len(as_json(edt, ASPIRIN, "--tokens", 9)["patches"]) == 9
+    drawn = [as_json(edt, ASPIRIN, "--control", "shuffled")["patches"] for _ in range(2)]
+    plain = as_json(edt, ASPIRIN)["patches"]
+    assert drawn[0] == drawn[1] != plain
+    assert sorted(len(p["atoms"]) for p in drawn[0]) == sorted(len(p["atoms"]) for p in plain)
+
+
+def test_entropies_of_other_sources(edt):
+    found = [
+        [atom["entropy"] for atom in as_json(edt, "OCCO", "--entropy-source", source)["atoms"]]
+        for source in ("next_atom", "surprisal", "node")
+    ]
+    assert found[2] == pytest.approx([0.6365, 0.6931, 0.6931, 0.6365], abs=1e-4)
+    assert found[0] != found[1]
+    status, _, err = edt("patch", "OCCO", "--entropy-source", "graph")
+    assert status == 2 and "entropy_source must be one of" in err[-1]
+
+
+def test_stats_of_a_file(edt, tmp_path):
+    file = tmp_path / "molecules.smi"
+    file.write_text("CCO ethanol\nC1CC broken\n[Na+].CC(=O)[O-] acetate\n")
+    status, out, _ = edt("patch", file, "--stats", "--source", "brics", "--control", "shuffled")
+    assert status == 0
+    assert [line.split("  ")[0] for line in out[1:5]] == [
+        *("brics", "entropy, local_max", "entropy, rising_edge", "as asked")
+    ]
+    assert out[-2:] == ["2 molecules, 8 atoms; 1 rows not read", "  1: unclosed ring"]
+    status, out, _ = edt("patch", file, "--stats", "--json")
+    stats = json.loads("\n".join(out))
+    assert stats["molecules"] == 2 and stats["cuts"]["brics"]["patches"] == 1.5
+    assert stats["cuts"]["brics"]["connected"] == 1
+    for given, message in (
+        (("--out", tmp_path / "a.csv"), "--out does not go with --stats"),
+        (("--svg", tmp_path / "a.svg"), "--svg does not go with --stats"),
+    ):
+        status, _, err = edt("patch", file, "--stats", *given)
+        assert status == 2 and message in err[-1]
+    status, _, err = edt("patch", "CCO", "--stats")
+    assert status == 2 and "--stats needs a FILE" in err[-1]

@@ -535,3 +535,42 @@ def test_views_that_are_too_few_are_refused():
         connector(view_reduce="sum")
     with pytest.raises(ValueError, match="num_views must be at least 1"):
         connector(num_views=0)
+
+
+@pytest.mark.parametrize(
+    ("anchors", "dynamic"),
+    [(None, None), (3, None), (0, None), (None, 0), (2, 2), (0, 1), (0, 0)],
+)
+def test_a_budget_leaves_tokens_out(anchors, dynamic):
+    """What is left out does not exist: the rest is as if it had never been there."""
+    full, model = connector(**BOTH), connector(**BOTH)
+    model.set_budget(anchors=anchors, dynamic=dynamic)
+    found = model(features(), packed_patches())
+    counts = {name: [len(set(ids)) for ids in molecules] for name, molecules in IDS.items()}
+    expected = model.token_counts(counts, len(ATOMS))
+    assert found.offsets.diff().tolist() == expected
+    patches = [a + b for a, b in zip(counts["brics"], counts["entropy"], strict=True)]
+    kept = 5 if anchors is None else anchors
+    most = 99 if dynamic is None else dynamic
+    assert expected == [kept + min(count, most) for count in patches]
+
+    queries, all_queries = (m.queries(features(), packed_patches()) for m in (model, full))
+    for m, (start, stop) in enumerate(zip(*queries.offsets.unfold(0, 2, 1).T, strict=True)):
+        every = all_queries.values[all_queries.offsets[m] : all_queries.offsets[m + 1]]
+        rest = torch.cat([every[:kept], every[5 : 5 + most]])
+        torch.testing.assert_close(queries.values[start:stop], rest)
+    again = make_connector(model.config)
+    again.load_state_dict(full.state_dict())
+    torch.testing.assert_close(
+        again.eval()(features(), packed_patches()).values[: found.offsets[-1]],
+        found.values[: found.offsets[-1]],
+    )
+
+
+def test_budgets_that_cannot_be():
+    with pytest.raises(ValueError, match="anchor_budget must be from 0 to num_queries 5, got 6"):
+        connector().set_budget(anchors=6)
+    with pytest.raises(ValueError, match="max_dynamic must be at least 0, got -1"):
+        connector().set_budget(dynamic=-1)
+    with pytest.raises(TypeError, match="dynamic"):
+        connector("qformer").set_budget(dynamic=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from edt_former.tokens import PatchOptions
 
 CUTTING = ("rule", "q", "threshold", "min_size", "max_size", "max_patches")
-ONE, MANY = ("svg", "png", "curve", "json"), ("out", "rows")
+CUTTING += ("entropy_source", "tokens")
+ONE, MANY = ("svg", "png", "curve", "json"), ("out", "rows", "stats")
 PICTURES = {"svg": (".svg",), "png": (".png",), "curve": (".png", ".svg")}
 COLUMNS = ("name", "smiles", "reason", "atoms", "patches", "ids", "entropies")
 
@@ -45,6 +47,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     cut.add_argument("--min-size", type=int, metavar="N", help="fewest atoms of a patch")
     cut.add_argument("--max-size", type=int, metavar="N", help="most atoms of a patch")
     cut.add_argument("--max-patches", type=int, metavar="N", help="most patches of a molecule")
+    cut.add_argument(
+        "--entropy-source", help="next_atom (default), surprisal, or node: of the surroundings"
+    )
+    cut.add_argument("--tokens", type=int, metavar="N", help="patches that a molecule shall have")
+    parser.add_argument(
+        "--connected", action="store_true", help="cut every patch into its connected pieces"
+    )
+    parser.add_argument("--control", help="random or shuffled: patches to compare with")
     parser.add_argument("--unit", default="nats", help="nats or bits (default: %(default)s)")
     one = parser.add_argument_group("with a SMILES")
     one.add_argument("--svg", type=Path, metavar="SVG", help="draw the molecule")
@@ -54,11 +64,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     many = parser.add_argument_group("with a FILE")
     many.add_argument("--out", type=Path, metavar="CSV", help="write all rows")
     many.add_argument("--rows", type=int, metavar="N", help="rows to print (default: 20)")
+    many.add_argument(
+        "--stats", action="store_true", help="print what the patches are like (JSON with --json)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the patches, and write what is asked for."""
     is_file = args.molecules.lower().endswith(MOLECULE_FILES)
+    if is_file and args.stats:
+        return _stats(args)
     needed, others = ("SMILES", ONE) if is_file else ("FILE", MANY)
     for name in others:
         if getattr(args, name) not in (None, False):
@@ -78,7 +93,8 @@ def _options(args: argparse.Namespace) -> PatchOptions:
         name = next(iter(given))
         option = "-q" if name == "q" else f"--{name.replace('_', '-')}"
         raise ValueError(f"{option} needs --source entropy, got --source brics")
-    return PatchOptions(sources=(args.source,), **given)
+    shape = {"connected": args.connected, "control": args.control}
+    return PatchOptions(sources=(args.source,), **given, **shape)
 
 
 def _patch_one(args: argparse.Namespace) -> int:
@@ -174,6 +190,37 @@ def _patch_file(args: argparse.Namespace) -> int:
     tally = write_rows(Path(args.molecules), rows, args.out, COLUMNS, _cells, keep=keep)
     print(table(["molecule", "atoms", "patches", "symbols"], [_line(row) for row in tally.shown]))
     print(f"\n{tally.summary('cut')}")
+    return 0
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from edt_former import shipped
+    from edt_former.report.patch_stats import CUTS, MEASURES, patch_stats
+    from edt_former.report.table import table
+
+    for name in ("svg", "png", "curve", "out", "rows"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} does not go with --stats")
+    options, cuts = _options(args), dict(CUTS)
+    if options not in cuts.values():
+        cuts["as asked"] = options
+    rows = molecule_rows(Path(args.molecules), None)
+    bar = tqdm(rows, desc="molecules", unit="mol", disable=not sys.stderr.isatty())
+    stats = patch_stats(bar, shipped.predictor(), cuts)
+    if args.json:
+        print(json.dumps(stats.to_json(), indent=1))
+        return 0
+    lines = [
+        [name, *(f"{value:.3g}" for value in cut.measures().values())]
+        for name, cut in stats.cuts.items()
+    ]
+    failed = sum(stats.reasons.values())
+    print(table(["cut", *MEASURES], lines))
+    print(f"\n{stats.molecules} molecules, {stats.atoms} atoms; {failed} rows not read")
+    for reason, count in stats.reasons.most_common(5):
+        print(f"  {count}: {reason}")
     return 0
 
 

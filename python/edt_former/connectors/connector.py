@@ -38,6 +38,10 @@ class Connector(nn.Module):
         Patches may be at capacity or trimmed: rows beyond `offsets[-1]` of the result are tail.
         """
 
+    def set_budget(self, **budget: int | None) -> None:
+        """Gives every molecule fewer tokens than the connector was trained with."""
+        raise TypeError(f"{type(self).__name__} has no budget of tokens")
+
     @abstractmethod
     def token_counts(self, patch_counts: Mapping[str, list[int]], num_molecules: int) -> list[int]:
         """How many tokens `forward` makes of each molecule, from its number of patches."""

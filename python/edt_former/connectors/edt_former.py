@@ -27,7 +27,8 @@ class EDTFormerConfig(QFormerConfig):
     Args:
         patches: `PatchOptions`, or a mapping of its fields.
         patch_reduce: "mean", "sum", "max" or "min" of a patch's atoms.
-        max_dynamic: most dynamic queries of a molecule, the first in order; None for all.
+        max_dynamic: most dynamic queries of a molecule, the first in order (BRICS patches stand
+            before those of entropy); None for all.
         view_reduce: how the views of an atom (2D and 3D) enter its patch: their "mean", or
             "concat", one after the other.
         num_views: of the graph encoder; needed by "concat" alone.
@@ -114,9 +115,11 @@ class EDTFormer(QFormer):
         if self.options.max_dynamic is not None:
             dynamic = _first(dynamic, self.options.max_dynamic)
         queries = self.local_q_proj(dynamic.values).to(self.query_tokens.dtype)
-        return Rows(
-            *edt_kernels.ragged_cat([self.query_tokens[0], queries], [None, dynamic.offsets])
-        )
+        return Rows(*edt_kernels.ragged_cat([self.anchors(), queries], [None, dynamic.offsets]))
+
+    def set_budget(self, *, anchors: int | None = None, dynamic: int | None = None) -> None:
+        """As of `QFormer`, and at most `dynamic` queries from patches, the first in order."""
+        self._change(anchor_budget=anchors, max_dynamic=dynamic)
 
     def _atoms(self, features: GraphFeatures) -> Tensor:
         """The normalised atoms, one row each, of all views together."""
@@ -131,14 +134,14 @@ class EDTFormer(QFormer):
         return torch.cat(views, 1)
 
     def token_counts(self, patch_counts: Mapping[str, list[int]], num_molecules: int) -> list[int]:
-        """`num_queries`, and the patches of every source (at most `max_dynamic`)."""
+        """The anchors, and the patches of every source (at most `max_dynamic`)."""
         counts = [0] * num_molecules
         for name in self.patch_options.sources:
             counts = [a + b for a, b in zip(counts, _source(patch_counts, name), strict=True)]
         limit = self.options.max_dynamic
         if limit is not None:
             counts = [min(count, limit) for count in counts]
-        return [self.options.num_queries + count for count in counts]
+        return [self.num_anchors + count for count in counts]
 
 
 def _source(patches: Mapping[str, object], name: str) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -271,7 +271,8 @@ class QFormerConfig:
             states, before there is a language model.
         width, layers, heads, ffn, cross_attention_freq, dropout: see `QueryTransformer`.
         encoder_width: of the graph encoder's atoms.
-        num_queries: learned queries that every molecule gets.
+        num_queries: learned queries, the anchors.
+        anchor_budget: how many of them every molecule gets, the first in order; None for all.
         graph_token: the mean of a molecule's atoms is one more key.
         sum_tokens: further keys per molecule, sums over its atoms, which count where means and
             attention do not.
@@ -286,6 +287,7 @@ class QFormerConfig:
     cross_attention_freq: int = 2
     encoder_width: int = 300
     num_queries: int = 32
+    anchor_budget: int | None = None
     dropout: float = 0.1
     graph_token: bool = True
     sum_tokens: int = 0
@@ -298,6 +300,11 @@ class QFormerConfig:
         if self.cross_attention_freq < 1:
             raise ValueError(
                 f"cross_attention_freq must be at least 1, got {self.cross_attention_freq}"
+            )
+        if not 0 <= (self.anchor_budget or 0) <= self.num_queries:
+            raise ValueError(
+                f"anchor_budget must be from 0 to num_queries {self.num_queries}, "
+                f"got {self.anchor_budget}"
             )
 
 
@@ -354,7 +361,7 @@ class QFormer(Connector):
         nn.init.normal_(self.query_tokens, std=0.02)
 
     def forward(self, features: GraphFeatures, patches: Mapping[str, Patches]) -> MoleculeTokens:
-        """`num_queries` tokens of every molecule; `patches` is not read."""
+        """A token per anchor of every molecule; `patches` is not read."""
         hidden = self.read(features, patches)
         return MoleculeTokens(self.llm_proj(hidden.values), hidden.offsets)
 
@@ -366,8 +373,32 @@ class QFormer(Connector):
 
     def queries(self, features: GraphFeatures, patches: Mapping[str, Patches]) -> Rows:
         """The queries of every molecule, as they enter the transformer."""
-        anchors = self.query_tokens.expand(len(features.offsets) - 1, -1, -1)
+        anchors = self.anchors().expand(len(features.offsets) - 1, -1, -1)
         return Rows(anchors.flatten(0, 1), _every(features.offsets, anchors.shape[1]))
+
+    def anchors(self) -> Tensor:
+        """The learned queries [A, width] that every molecule gets."""
+        return self.query_tokens[0, : self.num_anchors]
+
+    @property
+    def num_anchors(self) -> int:
+        """`num_queries`, or the budget of them."""
+        budget = self.options.anchor_budget
+        return self.options.num_queries if budget is None else budget
+
+    def set_budget(self, *, anchors: int | None = None) -> None:
+        """Every molecule gets the first `anchors` learned queries only; None for all.
+
+        Tokens beyond a budget do not exist, so prompts are shorter. See `MoleculeLM.set_budget`.
+
+        Raises:
+            ValueError: fewer than none, or more than there are.
+        """
+        self._change(anchor_budget=anchors)
+
+    def _change(self, **options: object) -> None:
+        self.options = replace(self.options, **options)
+        self.config.update(options)
 
     def keys(self, features: GraphFeatures) -> Rows:
         """What cross-attention reads: [mean; sums; atoms] of every molecule."""
@@ -385,8 +416,8 @@ class QFormer(Connector):
         return Rows(*edt_kernels.ragged_cat([*parts, atoms], [*cuts, offsets]))
 
     def token_counts(self, patch_counts: Mapping[str, list[int]], num_molecules: int) -> list[int]:
-        """`num_queries` for every molecule."""
-        return [self.options.num_queries] * num_molecules
+        """The anchors of every molecule."""
+        return [self.num_anchors] * num_molecules
 
 
 def _every(offsets: Tensor, count: int) -> Tensor:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from edt_former.chem import Invalid, Molecule, brics_fragments, read_molecule
+from edt_former.chem import Invalid, Molecule, read_molecule
 from edt_former.graph import GraphBatch
 from edt_former.report.drawing import draw_patches, draw_patches_png
 from edt_former.report.entropy_curve import entropy_curve
-from edt_former.tokens import NextAtomPredictor, PatchOptions
-from edt_kernels import find_patches
+from edt_former.tokens import NextAtomPredictor, PatchOptions, cut_by_entropy, cut_molecules
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,8 @@ class PatchedMolecule:
         ids: the patch of every atom, from 0.
         entropies: of every atom.
         opened_by: per patch, the atom whose entropy opened it; None for the first patch, for one
-            that `max_size` opened, and for all patches that are fragments.
+            that `max_size` or `tokens` opened, and for all patches that are fragments, connected
+            pieces or a control.
         threshold: the entropy that opens a patch, None where the rule has none.
         unit: of the entropies, "nats" or "bits".
         after: with rule "published" an atom's entropy is that after it, not its own.
@@ -117,23 +118,24 @@ def patch_molecules(
     if len(options.sources) != 1:
         raise ValueError(f"options must name one source, got {options.sources!r}")
     graph = GraphBatch.pack(list(molecules))
-    cutting = {**options.cutting(), "unit": unit}
-    entropies, patches = predictor.patches(graph.elements, graph.offsets, **cutting)
-    level = {name: getattr(options, name) for name in ("rule", "q", "threshold")}
-    by_rule = find_patches(entropies, graph.offsets, **level)
+    with torch.no_grad():
+        entropies, _ = cut_by_entropy(graph, options, predictor, unit=unit)
+        level = replace(options, min_size=1, max_size=None, max_patches=None)
+        _, by_rule = cut_by_entropy(graph, level, predictor, unit=unit)
+        (source,) = options.sources
+        cut = cut_molecules(source, molecules, graph, options, predictor, unit=unit)
 
-    result = []
+    result, altered = [], options.control is not None or options.connected
     for index, (start, stop) in enumerate(pairwise(graph.offsets.tolist())):
         molecule, threshold = molecules[index], None
-        if options.sources == ("brics",):
-            ids = brics_fragments(molecule).tolist()
+        ids = cut.ids[start:stop].tolist()
+        if source == "brics" or altered:
             opened_by = [None] * len(set(ids))
         else:
-            ids = patches.ids[start:stop].tolist()
             opened_by = _opened_by(ids, by_rule.ids[start:stop].tolist(), options.rule)
             # Peaks have no threshold, and that of "monotonic" is one of differences.
             if options.rule in ("threshold", *AFTER):
-                threshold = float(patches.threshold[index])
+                threshold = float(by_rule.threshold[index])
         of_atoms, after = entropies[start:stop].tolist(), options.rule == "published"
         result.append(PatchedMolecule(molecule, ids, of_atoms, opened_by, threshold, unit, after))
     return result

@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from edt_former.tokens.controls import CONTROLS
 from edt_kernels import Patches, find_patches, offsets_from_lengths
 
 SOURCES = ("brics", "entropy")
 """Where patches come from, in the order in which their queries stand."""
 
 
+ENTROPY_SOURCES = ("next_atom", "surprisal", "node")
+CUTTING = ("rule", "q", "threshold", "min_size", "max_size", "max_patches")
+
+
 @dataclass(frozen=True)
 class PatchOptions:
-    """Which patches a connector reads, and how entropy cuts them.
+    """Which patches a connector reads, and how they are cut.
 
     Args:
         sources: of "brics" and "entropy", any subset; always kept in this order.
-        rule: of `edt_kernels.find_patches`, as all that follow.
+        rule: of `edt_kernels.find_patches`, as are `q`, `threshold`, `min_size`, `max_size` and
+            `max_patches`; they cut by entropy.
+        entropy_source: what they read: "next_atom", the entropy of the predictor's distribution
+            over the next atom; "surprisal", -ln p of the atom that is there; or "node", the
+            entropy of the elements within two bonds, which needs no predictor.
+        tokens: patches of a molecule that entropy is to give: patches are cut on, those with most
+            entropy most (`edt_former.tokens.finer`). None leaves them as the rule cuts them.
+        control: "random" or "shuffled" patches in the place of those of the sources, see
+            `edt_former.tokens.controls`.
+        control_seed: of the control.
+        connected: every patch that is no connected piece of the molecule is cut into such pieces,
+            which follow their first atoms.
 
     Raises:
-        ValueError: an unknown source, or options that `find_patches` refuses.
+        ValueError: an unknown source or control, options that `find_patches` refuses, or that do
+            not go together.
 
     Example:
         >>> PatchOptions(sources=("entropy", "brics")).sources
@@ -38,6 +55,11 @@ class PatchOptions:
     min_size: int = 1
     max_size: int | None = None
     max_patches: int | None = None
+    entropy_source: str = "next_atom"
+    tokens: int | None = None
+    control: str | None = None
+    control_seed: int = 0
+    connected: bool = False
 
     def __post_init__(self) -> None:
         unknown = [source for source in self.sources if source not in SOURCES]
@@ -48,10 +70,31 @@ class PatchOptions:
         ordered = tuple(source for source in SOURCES if source in self.sources)
         object.__setattr__(self, "sources", ordered)
         find_patches(torch.zeros(0), torch.zeros(1, dtype=torch.int64), **self.cutting())
+        _choice("entropy_source", self.entropy_source, ENTROPY_SOURCES)
+        _choice("control", self.control, (None, *CONTROLS))
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        if not 0 <= self.control_seed < 2**63:
+            raise ValueError(f"control_seed must be from 0 to 2**63 - 1, got {self.control_seed}")
+        if self.rule == "published" and self.entropy_source != "next_atom":
+            raise ValueError(
+                "rule 'published' reads what comes after an atom, entropy_source 'next_atom'; "
+                f"got {self.entropy_source!r}"
+            )
 
     def cutting(self) -> dict[str, object]:
         """The options that `edt_kernels.find_patches` and `entropy_patches` take."""
-        return {name: value for name, value in asdict(self).items() if name != "sources"}
+        return {name: getattr(self, name) for name in CUTTING}
+
+    @property
+    def needs_predictor(self) -> bool:
+        """Patches come from a next-atom predictor."""
+        return "entropy" in self.sources and self.entropy_source != "node"
+
+
+def _choice(name: str, value: object, known: tuple) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def pack_patches(ids: Sequence[Sequence[int] | Tensor]) -> Patches:

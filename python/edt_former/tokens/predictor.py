@@ -146,6 +146,11 @@ class NextAtomPredictor(nn.Module):
         """Uncertainty [N] of every atom given the atoms before it, in nats or bits."""
         return edt_kernels.entropy(self(elements, offsets), unit=unit)
 
+    def surprisals(self, elements: Tensor, offsets: Tensor) -> Tensor:
+        """-ln p [N] of every atom given the atoms before it, in nats; N must be offsets[-1]."""
+        logits = self(elements, offsets)
+        return F.cross_entropy(logits, self.tokens(elements), reduction="none")
+
     @torch.no_grad()
     def patches(
         self, elements: Tensor, offsets: Tensor, *, rule: str = "local_max", **cut: object

@@ -190,7 +190,7 @@ class RepresentationLearning(nn.Module):
     def matching_logits(self, keys: Rows, text: Rows) -> Tensor:
         """Logits [P, 2] of "no" and "yes" for pairs of a graph and a text."""
         pairs = len(text.offsets) - 1
-        anchors = self.connector.query_tokens.expand(pairs, -1, -1)
+        anchors = self.connector.anchors().expand(pairs, -1, -1)
         count = anchors.shape[1]
         offsets = count * torch.arange(pairs + 1, device=text.offsets.device)
         out = self.connector.Qformer(anchors.flatten(0, 1), offsets, *keys, *text)

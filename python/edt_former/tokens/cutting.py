@@ -1,0 +1,135 @@
+"""Molecules into patches: by entropy or fragments, and what is asked for beyond that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edt_former.graph.batch import GraphBatch, owners
+from edt_former.tokens.connected import split_components
+from edt_former.tokens.controls import control_patches
+from edt_former.tokens.finer import finer_patches
+from edt_former.tokens.node_entropy import node_entropies
+from edt_former.tokens.patches import PatchOptions, pack_patches
+from edt_former.tokens.predictor import NextAtomPredictor
+from edt_kernels import Patches, find_patches
+
+if TYPE_CHECKING:
+    from edt_former.chem import Molecule
+
+PER_UNIT = {"nats": 1.0, "bits": 1 / math.log(2)}
+
+
+def cut_molecules(
+    source: str,
+    molecules: Sequence[Molecule],
+    graph: GraphBatch,
+    options: PatchOptions,
+    predictor: NextAtomPredictor | None,
+    *,
+    unit: str = "nats",
+) -> Patches:
+    """The patches of molecules by one source, exactly as many as there are.
+
+    The source cuts first, then `options.tokens`, `options.control` and `options.connected`.
+
+    Args:
+        source: "brics" or "entropy".
+        molecules: the B molecules of `graph`.
+        graph: on the predictor's device.
+        options: `sources` is not read.
+        predictor: where `options` need one.
+        unit: of `options.threshold`, "nats" or "bits".
+
+    Raises:
+        ValueError: fragments of a molecule whose SMILES is not known.
+
+    Example:
+        >>> from edt_former.chem import read_molecules
+        >>> molecules = read_molecules(["OCCO", "C"])
+        >>> graph, options = GraphBatch.pack(molecules), PatchOptions(entropy_source="node")
+        >>> cut_molecules("entropy", molecules, graph, options, None).ids
+        tensor([0, 1, 1, 1, 0])
+    """
+    if source == "entropy":
+        entropies, patches = cut_by_entropy(graph, options, predictor, unit=unit)
+        if not _altered(options):
+            return patches.trim()
+        ids = patches.ids.cpu()
+        if options.tokens is not None:
+            ids = _finer(ids, entropies.cpu(), graph.offsets, options.tokens)
+    else:
+        ids = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *map(_fragments, molecules)]))
+    if options.control is not None:
+        ids = _controls(ids, molecules, graph.offsets, options)
+    if options.connected:
+        molecule = owners(graph.offsets, graph.num_atoms)
+        apart = ids.to(molecule) + molecule * max(graph.num_atoms, 1)
+        ids = split_components(apart, graph.bond_index)
+    return pack_patches(ids.cpu().split(graph.offsets.diff().tolist()))
+
+
+def cut_by_entropy(
+    graph: GraphBatch,
+    options: PatchOptions,
+    predictor: NextAtomPredictor | None,
+    *,
+    unit: str = "nats",
+) -> tuple[Tensor, Patches]:
+    """What `options.entropy_source` says of every atom [N], and the patches that the rule cuts."""
+    if options.entropy_source == "next_atom":
+        return predictor.patches(graph.elements, graph.offsets, **options.cutting(), unit=unit)
+    if options.entropy_source == "surprisal":
+        values = predictor.surprisals(graph.elements, graph.offsets)
+    else:
+        values = node_entropies(graph.elements, graph.bond_index)
+    values = values * PER_UNIT[unit]
+    return values, find_patches(values, graph.offsets, **options.cutting())
+
+
+def _altered(options: PatchOptions) -> bool:
+    return options.tokens is not None or options.control is not None or options.connected
+
+
+def _finer(ids: Tensor, entropies: Tensor, offsets: Tensor, total: int) -> Tensor:
+    cut = [
+        finer_patches(ids[start:stop].numpy(), entropies[start:stop].numpy(), total)
+        for start, stop in pairwise(offsets.tolist())
+    ]
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *cut]))
+
+
+def _controls(
+    ids: Tensor, molecules: Sequence[Molecule], offsets: Tensor, options: PatchOptions
+) -> Tensor:
+    spans = pairwise(offsets.tolist())
+    drawn = [
+        control_patches(
+            ids[start:stop].numpy(),
+            options.control,
+            seed=options.control_seed,
+            molecule=_identity(molecule),
+        )
+        for molecule, (start, stop) in zip(molecules, spans, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *drawn]))
+
+
+def _identity(molecule: Molecule) -> bytes:
+    arrays = molecule.atom_features, molecule.bond_index, molecule.bond_features
+    return molecule.smiles.encode() or b"".join(array.tobytes() for array in arrays)
+
+
+def _fragments(molecule: Molecule) -> np.ndarray:
+    # Connectors import this package and must not need RDKit.
+    from edt_former.chem import brics_fragments
+
+    if not molecule.smiles:
+        raise ValueError("BRICS patches need a molecule's SMILES, got graph data without one")
+    return brics_fragments(molecule)
