@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-ISA_NAMES = ("scalar", "avx2", "avx512", "amx")
+ISA_NAMES = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 loaded = False
 _failure: str | None = None
 _library: ctypes.CDLL | None = None

@@ -1,22 +1,13 @@
-// Products of bfloat16 matrices by AMX tiles of 16 rows and 64 bytes. For *.amx.cpp files only.
-//   A: rows of bfloat16, 32 to a step of the sum
-//   B: tiles [steps][columns / 16], each 16 rows of 16 pairs: row r holds, column by column, what
-//      rows 2 r and 2 r + 1 of the step multiply
-//   C: rows of float
+// Products of bfloat16 matrices by AMX tiles of 16 rows and 64 bytes. Through tiles.h only.
 #pragma once
 
-#include <cstdint>
-
-#include "vec.h"
+#include "tiles.h"
 
 namespace edt {
 namespace {
 
-constexpr int64_t kTile = 16;    // rows of a tile, and its columns as float or pairs
-constexpr int64_t kStep = 32;    // bfloat16 numbers of a tile's row
-constexpr int64_t kPairs = 256;  // pairs of a tile
-
-constexpr int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int64_t kRowUnit = kTile;   // rows of A come in whole tiles
+constexpr int64_t kHeadsPerCall = 4;  // what one head has just stored, another need not wait for
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -17,13 +17,18 @@ namespace edt {
 namespace {
 
 #ifdef EDT_X86
+// The processor has dot products of bfloat16.
+bool has_avx512_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
 // The processor has AMX, and the system lets this process use its tiles (Linux since 5.16: asked
 // for once, then held by every thread).
 bool amx_is_granted() {
 #ifdef __linux__
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512_BF16
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
@@ -37,13 +42,13 @@ Isa best_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return amx_is_granted() ? Isa::amx : Isa::avx512;
+    return !has_avx512_bf16() ? Isa::avx512 : amx_is_granted() ? Isa::amx : Isa::avx512_bf16;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
   return Isa::scalar;
 }
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "amx"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
 
 // An unknown or unsupported name never reaches an illegal instruction: the best level stays, and
 // edt_kernels raises the error, for only Python can say it well.

@@ -1,11 +1,11 @@
 // Instruction sets: each kernel file is compiled once per level (EDT_ISA names the level and its
-// namespace) and gives a table of function pointers; the level is chosen once, at run time. AMX
-// adds kernels of its own (*.amx.cpp) to those of AVX-512.
+// namespace) and gives a table of function pointers; the level is chosen once, at run time.
+// Products in bfloat16 (*.bf16.cpp) have two levels above AVX-512: its dot products, and AMX.
 #pragma once
 
 namespace edt {
 
-enum class Isa { scalar, avx2, avx512, amx };
+enum class Isa { scalar, avx2, avx512, avx512_bf16, amx };
 
 // The best level of this machine, or the one that EDT_CPU_ISA names.
 Isa active_isa();

@@ -29,8 +29,8 @@ AttentionRows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.st
 const AttentionKernels& kernels_for(ScalarType dtype, bool pairs) {
   const AttentionTable& table = attention_kernels();
 #ifdef EDT_X86
-  if (dtype == ScalarType::BFloat16 && !pairs && active_isa() == Isa::amx)
-    return amx::attention_bfloat16;
+  if (dtype == ScalarType::BFloat16 && !pairs && active_isa() >= Isa::avx512_bf16)
+    return active_isa() == Isa::amx ? amx::attention_bfloat16 : avx512_bf16::attention_bfloat16;
 #endif
   if (dtype == ScalarType::Float) return table.float32;
   if (dtype == ScalarType::BFloat16) return table.bfloat16;

@@ -74,6 +74,9 @@ struct AttentionTable {
 EDT_KERNEL_TABLE(AttentionTable, attention_kernels)
 
 #ifdef EDT_X86
+namespace avx512_bf16 {
+extern const AttentionKernels attention_bfloat16;  // no pairs, no dropout
+}
 namespace amx {
 extern const AttentionKernels attention_bfloat16;  // no pairs, no dropout
 }

@@ -1,5 +1,5 @@
-// Attention in bfloat16 by AMX tiles, one molecule and key head at a time. Everything is packed
-// once into tiles that lie in cache, sums are float:
+// Attention in bfloat16 by products of tiles, one molecule and a few heads at a time. Everything is
+// packed once into tiles that lie in cache, sums are float:
 //   forward   S = Q K^T,  P = exp(S - max) as bfloat16,  O = P V / sum(P)
 //   backward  P from S and the lse, normalised again,  dP = dO V^T,
 //             dS = P (dP - sum(P dP) + dlse) as bfloat16,
@@ -11,8 +11,8 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "amx.h"
 #include "matrix.h"
+#include "tiles.h"
 
 namespace edt {
 namespace {
@@ -98,22 +98,12 @@ EDT_INLINE void store_half(BFloat16* to, Vec<float> x) {
   std::memcpy(to, &half, sizeof(half));
 }
 
-// Rows of float, each times its factor (null: 1), as rows of the tensor.
-void write(const float* from, int64_t width, const float* factors, const Rows& to) {
-  for (int64_t i = 0; i < to.count; ++i) {
-    const float factor = factors ? factors[i] : 1.0f;
-    for (int64_t d = 0; d < to.dim; d += kTile) {
-      BFloat16* out = to.data + i * to.stride + d;
-      const Vec<float> x = load(from + i * width + d) * factor;
-      if (d + kTile <= to.dim) {
-        store_half(out, x);
-      } else {
-        BFloat16 few[kTile];
-        store_half(few, x);
-        std::memcpy(out, few, (to.dim - d) * sizeof(BFloat16));
-      }
-    }
-  }
+// 32 numbers, rounded, or as many as there are.
+EDT_INLINE void store_step(BFloat16* to, const float* from, Vec<float> factor, int64_t left) {
+  const auto low = (__m512)(load(from) * factor), high = (__m512)(load(from + kTile) * factor);
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  const __mmask32 mask = left >= kStep ? ~0u : (1u << left) - 1;
+  _mm512_mask_storeu_epi16(to, mask, both);
 }
 
 struct Sizes {
@@ -192,6 +182,19 @@ void pack(const AttentionRows& from, int64_t begin, int64_t count, int64_t all_r
       const Rows rows(from, begin, count, first_head + h, dim);
       for (int64_t d = 0; d < width; d += kStep)
         _mm512_storeu_si512(to[h] + i * width + d, rows.step(i, d));
+    }
+}
+
+// Rows of float of neighbouring heads, each times its factor (null: 1), as rows of the tensor.
+void write(const PerHead<float>& from, const PerHead<float>* factors, int64_t width,
+           const AttentionRows& to, int64_t begin, int64_t count, int64_t first_head, int64_t heads,
+           int64_t dim) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t h = 0; h < heads; ++h) {
+      const Rows rows(to, begin, count, first_head + h, dim);
+      const Vec<float> factor = broadcast(factors ? (*factors)[h][i] : 1.0f);
+      for (int64_t d = 0; d < dim; d += kStep)
+        store_step(rows.data + i * rows.stride + d, from[h] + i * width + d, factor, dim - d);
     }
 }
 
@@ -312,7 +315,7 @@ void forward(const Attention& x, const AttentionMolecule& m, const AttentionHead
 
   for (int64_t i = 0; i < m.queries; i += kQueryBlock) {
     const int64_t rows = m.queries - i < kQueryBlock ? m.queries - i : kQueryBlock;
-    const int64_t all_rows = whole(rows, kTile), row = m.q_begin + i;
+    const int64_t all_rows = whole(rows, kRowUnit), row = m.q_begin + i;
     pack(x.q, row, rows, all_rows, first_head, n.heads, x.dim, n.width, scratch.q);
     for (int64_t h = 0; h < n.heads; ++h)
       multiply<false>(scratch.q[h], n.width, scratch.k_columns[h / group], scratch.s[h], n.keys,
@@ -323,9 +326,7 @@ void forward(const Attention& x, const AttentionMolecule& m, const AttentionHead
     for (int64_t h = 0; h < n.heads; ++h)
       multiply<false>(scratch.p[h], n.keys, scratch.v_pairs[h / group], scratch.rows[h], n.width,
                       all_rows, n.width, n.keys);
-    for (int64_t h = 0; h < n.heads; ++h)
-      write(scratch.rows[h], n.width, scratch.inverse[h],
-            Rows(x.out, row, rows, first_head + h, x.dim));
+    write(scratch.rows, &scratch.inverse, n.width, x.out, row, rows, first_head, n.heads, x.dim);
   }
 }
 
@@ -373,22 +374,19 @@ void backward(const Attention& x, const AttentionMolecule& m, const AttentionHea
       multiply<false>(scratch.ds[h], n.keys, scratch.k_pairs[kv], scratch.rows[h], n.width,
                       all_rows, n.width, n.keys);
     }
-    for (int64_t h = 0; h < n.heads; ++h)
-      write(scratch.rows[h], n.width, nullptr, Rows(x.dq, row, rows, first_head + h, x.dim));
+    write(scratch.rows, nullptr, n.width, x.dq, row, rows, first_head, n.heads, x.dim);
   }
-  for (int64_t h = 0; h < n.kv_heads; ++h) {
-    const int64_t head = heads.begin + h;
-    write(scratch.dk[h], n.width, nullptr, Rows(x.dk, m.k_begin, m.keys, head, x.dim));
-    write(scratch.dv[h], n.width, nullptr, Rows(x.dv, m.k_begin, m.keys, head, x.dim));
-  }
+  write(scratch.dk, nullptr, n.width, x.dk, m.k_begin, m.keys, heads.begin, n.kv_heads, x.dim);
+  write(scratch.dv, nullptr, n.width, x.dv, m.k_begin, m.keys, heads.begin, n.kv_heads, x.dim);
 }
 
 }  // namespace
 
-namespace amx {
+namespace EDT_ISA {
 
-extern const AttentionKernels attention_bfloat16 = {
-    scratch_bytes, forward, backward, nullptr, nullptr, 4, configure_tiles, release_tiles};
+extern const AttentionKernels attention_bfloat16 = {scratch_bytes,   forward,      backward,
+                                                    nullptr,         nullptr,      kHeadsPerCall,
+                                                    configure_tiles, release_tiles};
 
-}  // namespace amx
+}  // namespace EDT_ISA
 }  // namespace edt
