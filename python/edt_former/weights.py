@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -99,6 +100,8 @@ def _open_indexed(index: Path) -> dict[str, StoredTensor]:
     try:
         homes = json.loads(index.read_text())["weight_map"]
         files = sorted(set(homes.values()))
+        if not files:
+            raise ValueError("it names no file")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of weights") from error
     weights: dict[str, StoredTensor] = {}
@@ -136,8 +139,10 @@ def _read(file: Path, name: str) -> Tensor:
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
-        # The options of a training program are plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # The options of a training program are plain data. What a warning says of a pickle that
+        # torch did not write, the error below says too.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore", UserWarning)
             content = _load(file)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error:")[2].split("\n")[0].strip()
@@ -209,10 +214,10 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
-        start = tensor.data_ptr()
-        apart[name] = tensor.clone() if start in seen else tensor
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in seen else tensor
         if tensor.numel():
-            seen.add(start)
+            seen.add(memory)
     return apart
 
 

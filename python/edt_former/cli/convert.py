@@ -103,9 +103,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from tqdm import tqdm
 
-    with tqdm(
-        total=plan.nbytes, desc="written", unit="B", unit_scale=True, disable=not sys.stderr.isatty()
-    ) as bar:
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=plan.nbytes, desc="written", unit="B", unit_scale=True, disable=quiet) as bar:
         plan.write(
             args.out,
             shard_size=args.shard_size or SHARD_SIZE,
@@ -165,7 +164,7 @@ def _report(plan: Plan) -> str:
         for path, tensors, values, size, dtypes in plan.rows()
     ]
     keys = sum(row[1] for row in rows)
-    named = f", as {plan.layout}" if plan.layout else ""
+    named = f" named {plan.layout}" if plan.layout else ""
     lines = [
         f"found {plan.found}",
         f"{keys} tensors{named}, {plan.nbytes / 1e6:.1f} MB\n",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -464,8 +464,10 @@ def _notes(tree: Tree[StoredTensor], parts: list[_Part]) -> list[str]:
     if tree.unexpected:
         notes.append(f"left out: {', '.join(tree.unexpected)}")
     for part in parts:
-        for what, names in (("initialised anew", part.comparison.missing),
-                            ("left out", part.comparison.unexpected)):
+        for what, names in (
+            ("initialised anew", part.comparison.missing),
+            ("left out", part.comparison.unexpected),
+        ):
             if names:
                 notes.append(f"{what}: {', '.join(names)}")
     return notes

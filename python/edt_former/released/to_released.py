@@ -107,13 +107,11 @@ class _Parts:
         builders = {GRAPH: make_encoder, CONNECTOR: make_connector}
         if HEADS in self.configs:
             builders[HEADS] = partial(new_heads, self.configs[CONNECTOR])
-        refuse(
-            source,
-            [
-                compare(self.weights[part], shapes_of(build, self.configs[part]), f"{part}/{{}}".format)
-                for part, build in builders.items()
-            ],
-        )
+        comparisons = []
+        for part, build in builders.items():
+            expected = shapes_of(build, self.configs[part])
+            comparisons.append(compare(self.weights[part], expected, f"{part}/{{}}".format))
+        refuse(source, comparisons)
 
     def found(self, full: bool) -> list[str]:
         """The names of the parts."""

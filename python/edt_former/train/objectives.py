@@ -147,9 +147,9 @@ class RepresentationLearning(nn.Module):
         Example:
             >>> import tempfile
             >>> size = {"width": 16, "layers": 1, "heads": 2, "ffn": 32, "encoder_width": 8}
-            >>> size |= {"name": "qformer", "llm_width": None, "text_vocab_size": 10}
+            >>> connector = QFormer({"llm_width": None, "text_vocab_size": 10, **size})
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     RepresentationLearning(make_connector(size), embed_dim=4).save_pretrained(folder)
+            ...     RepresentationLearning(connector, embed_dim=4).save_pretrained(folder)
             ...     RepresentationLearning.from_pretrained(folder).graph_proj.out_features
             4
         """
