@@ -10,7 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from edt_former.weights import StoredTensor, open_weights, write_file, write_shards
+from edt_former.weights import (
+    StoredTensor,
+    byte_count,
+    open_weights,
+    write_file,
+    write_shards,
+)
 
 WEIGHTS = {
     "a.weight": torch.arange(12.0).view(3, 4),
@@ -57,7 +63,7 @@ def test_a_file_from_before_torch_1_6(tmp_path):
 
 def test_shards_and_their_index(tmp_path):
     big = {f"h.{i}": torch.randn(100, 100) for i in range(7)} | WEIGHTS
-    written = list(write_shards(tmp_path, stored(big), "100KB"))
+    written = list(write_shards(tmp_path, stored(big), 100_000))
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert len(files) == len(written) == 4 and files[0] == "model-00001-of-00004.safetensors"
     assert sum(written) == sum(x.nbytes for x in big.values())
@@ -69,7 +75,7 @@ def test_shards_and_their_index(tmp_path):
 
 
 def test_one_shard_needs_no_index(tmp_path):
-    assert len(list(write_shards(tmp_path, stored(), "2GB"))) == 1
+    assert len(list(write_shards(tmp_path, stored(), 2_000_000_000))) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
@@ -179,3 +185,16 @@ def test_several_pickles_need_a_name(tmp_path):
         torch.save(WEIGHTS, tmp_path / name)
     with pytest.raises(ValueError, match=r"several files, name one: a.bin, b.pt"):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("2GB", 2 * 10**9), ("500 mb", 5 * 10**8), ("0.5KB", 500), ("1TB", 10**12)]
+)
+def test_sizes(text, count):
+    assert byte_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "2", "2 apples", "-1GB", "2GiB"])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match=f"must be a number and KB, MB, GB or TB, got {text}"):
+        byte_count(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -181,9 +182,9 @@ def write_file(file: Path, weights: Mapping[str, StoredTensor]) -> None:
 
 
 def write_shards(
-    folder: Path, weights: Mapping[str, StoredTensor], max_shard_size: int | str
+    folder: Path, weights: Mapping[str, StoredTensor], max_shard_size: int
 ) -> Iterator[int]:
-    """Writes safetensors files of at most `max_shard_size` ("2GB") and, of several, their index.
+    """Writes safetensors files of at most `max_shard_size` bytes and, of several, their index.
 
     Yields the bytes of each file after it is written.
     """
@@ -202,6 +203,21 @@ def write_shards(
     if shards.is_sharded:
         content = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def byte_count(text: str) -> int:
+    """Bytes in a size such as 500MB or 2GB, in powers of 1000.
+
+    Raises:
+        ValueError: it is no size.
+
+    >>> byte_count("1.5GB")
+    1500000000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", text.strip().upper())
+    if match is None:
+        raise ValueError(f"a size must be a number and KB, MB, GB or TB, got {text}")
+    return int(float(match[1]) * 1000 ** (1 + ["KB", "MB", "GB", "TB"].index(match[2])))
 
 
 def total_bytes(weights: Iterable[StoredTensor]) -> int:

@@ -129,51 +129,51 @@ def save(tmp_path):
     return write
 
 
+def llm_folder(
+    folder: Path, *, tie: bool = False, rows: int = len(WORDS) + 2
+) -> tuple[Path, LlamaForCausalLM]:
+    """A folder with a language model's config and tokenizer, and the model itself."""
+    torch.manual_seed(1)
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": tie}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=rows, **ends, **LLAMA))
+    LlamaConfig(vocab_size=len(WORDS), **ends, **LLAMA).save_pretrained(folder)
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder, model
+
+
+def whole_tree(folder: Path, **options) -> tuple[dict[str, torch.Tensor], Path]:
+    """A whole model under the released names, and the folder of its language model."""
+    folder, model = llm_folder(folder, **options)
+    llm = {f"llm.{n}": x.clone() for n, x in model.state_dict().items()}
+    return encoder_tree(text=False, llm_width=LLAMA["hidden_size"]) | llm, folder
+
+
+def gpt2_folder(folder: Path) -> Path:
+    """The published next-atom predictor, small and random."""
+    torch.manual_seed(2)
+    size = {"vocab_size": 39, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    config = GPT2Config(**size, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def make_llm(tmp_path):
-    """A folder with a language model's config and tokenizer, and the model itself."""
-
-    def make(*, tie: bool = False, rows: int = len(WORDS) + 2) -> tuple[Path, LlamaForCausalLM]:
-        torch.manual_seed(1)
-        config = LlamaConfig(
-            vocab_size=rows, tie_word_embeddings=tie, bos_token_id=0, eos_token_id=1, **LLAMA
-        )
-        model = LlamaForCausalLM(config)
-        folder = tmp_path / "llm"
-        LlamaConfig(
-            vocab_size=len(WORDS), tie_word_embeddings=tie, bos_token_id=0, eos_token_id=1, **LLAMA
-        ).save_pretrained(folder)
-        words = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(
-            tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        ).save_pretrained(folder)
-        return folder, model
-
-    return make
+    return lambda **options: llm_folder(tmp_path / "llm", **options)
 
 
 @pytest.fixture
-def make_stage2(make_llm):
-    """A whole model under the released names, and the folder of its language model."""
-
-    def make(**options) -> tuple[dict[str, torch.Tensor], Path]:
-        folder, model = make_llm(**options)
-        llm = {f"llm.{n}": x.clone() for n, x in model.state_dict().items()}
-        return encoder_tree(text=False, llm_width=LLAMA["hidden_size"]) | llm, folder
-
-    return make
+def make_stage2(tmp_path):
+    return lambda **options: whole_tree(tmp_path / "llm", **options)
 
 
 @pytest.fixture
 def gpt2(tmp_path) -> Path:
-    """The published next-atom predictor's folder, small and random."""
-    torch.manual_seed(2)
-    size = {"vocab_size": 39, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
-    GPT2LMHeadModel(GPT2Config(**size, bos_token_id=1, eos_token_id=2)).save_pretrained(
-        tmp_path / "gpt2"
-    )
-    return tmp_path / "gpt2"
+    return gpt2_folder(tmp_path / "gpt2")
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_stage_1(published_keys, tmp_path):
     keys = {n: stored(n, *told) for n, told in published_keys(1).items()}
     assert len(keys) == 1220
     (tmp_path / "source").mkdir()
-    assert sum(write_shards(tmp_path / "source", keys, "2GB")) > 0.7e9
+    assert sum(write_shards(tmp_path / "source", keys, 2_000_000_000)) > 0.7e9
     to_ours(tmp_path / "source" / "model.safetensors", Options()).write(tmp_path / "ours")
     to_released(tmp_path / "ours").write(tmp_path / "back.safetensors")
     assert list(same(open_weights(tmp_path / "back.safetensors"), keys)) == []
@@ -82,7 +82,7 @@ def test_stage_2_in_shards(published_keys, tmp_path):
         if not n.startswith("llm.model.layers.") or int(n.split(".")[3]) < LLM_LAYERS
     }
     (tmp_path / "source").mkdir()
-    assert len(list(write_shards(tmp_path / "source", keys, "1GB"))) > 3
+    assert len(list(write_shards(tmp_path / "source", keys, 1_000_000_000))) > 3
     config = LlamaConfig(
         vocab_size=128_256,
         hidden_size=4096,
@@ -97,12 +97,12 @@ def test_stage_2_in_shards(published_keys, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "llm")
     save_part(NextAtomPredictor({"vocabulary": "published"}), tmp_path / "predictor")
     options = Options(language_model=tmp_path / "llm", predictor=tmp_path / "predictor")
-    to_ours(tmp_path / "source", options).write(tmp_path / "ours", shard_size="1GB")
+    to_ours(tmp_path / "source", options).write(tmp_path / "ours", shard_size=1_000_000_000)
     assert set(Manifest.read(tmp_path / "ours").parts) == {
         *("language_model", "graph_encoder", "predictor"),
     }
     told = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert told["mol_token_id"] == 128_257 and told["text_config"]["vocab_size"] == 128_258
     shutil.rmtree(tmp_path / "source")
-    to_released(tmp_path / "ours").write(tmp_path / "back", shard_size="1GB")
+    to_released(tmp_path / "ours").write(tmp_path / "back", shard_size=1_000_000_000)
     assert list(same(open_weights(tmp_path / "back"), keys)) == []

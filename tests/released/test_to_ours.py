@@ -136,7 +136,7 @@ class TestEncoder:
 
     def test_sharded_and_pickled_sources(self, save, tmp_path, options, stage1):
         to_ours(save(stage1), options).write(tmp_path / "ours")
-        to_released(tmp_path / "ours").write(tmp_path / "shards", shard_size="20KB")
+        to_released(tmp_path / "ours").write(tmp_path / "shards", shard_size=20_000)
         assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
         torch.save(stage1, tmp_path / "source.bin")
         for source in ("shards", "source.bin"):
@@ -215,7 +215,7 @@ class TestWholeModel:
             copy = f"{prefix}llm.lm_head.weight"
             tree[copy] = tree[f"{prefix}llm.model.embed_tokens.weight"].clone()
         folder = converted(tree, language_model=llm, predictor=gpt2)
-        to_released(folder).write(tmp_path / "back", shard_size="30KB")
+        to_released(folder).write(tmp_path / "back", shard_size=30_000)
         assert equal(read(tmp_path / "back"), tree)
 
     def test_it_loads_and_reads_molecules(self, make_stage2, converted, gpt2):
@@ -257,7 +257,7 @@ class TestWholeModel:
         tree, llm = make_stage2()
         plan = to_ours(save(tree), replace(options, language_model=llm, predictor=gpt2))
         written = []
-        plan.write(tmp_path / "ours", shard_size="4KB", progress=written.append)
+        plan.write(tmp_path / "ours", shard_size=4000, progress=written.append)
         files = list((tmp_path / "ours" / "language_model").glob("*.safetensors"))
         assert len(files) > 3 and sum(written) == plan.nbytes
         assert MoleculeLM.from_pretrained(tmp_path / "ours").config.text_config.vocab_size == 11
@@ -329,30 +329,34 @@ class TestWholeModel:
             to_ours(save(tree), replace(options, language_model=llm, predictor=gpt2))
 
 
+@pytest.fixture(scope="module")
+def recorded_folder(recorded, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recorded")
+    state = without(recorded("edt_encoder_state"), "coords.")
+    save_file(state, folder / "source.safetensors")
+    options = Options(Heads(heads=4, blending_heads=4))
+    to_ours(folder / "source.safetensors", options).write(folder / "ours")
+    return folder
+
+
 class TestRecorded:
     """The reduced published encoder."""
 
-    @pytest.fixture(scope="class")
-    def folder(self, recorded, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("recorded")
-        state = without(recorded("edt_encoder_state"), "coords.")
-        save_file(state, folder / "source.safetensors")
-        options = Options(Heads(heads=4, blending_heads=4))
-        to_ours(folder / "source.safetensors", options).write(folder / "ours")
-        return folder
-
-    def test_back_every_bit_is_the_same(self, folder, tmp_path):
-        to_released(folder / "ours").write(tmp_path / "back.safetensors")
-        source = load_file(folder / "source.safetensors")
+    def test_back_every_bit_is_the_same(self, recorded_folder, tmp_path):
+        to_released(recorded_folder / "ours").write(tmp_path / "back.safetensors")
+        source = load_file(recorded_folder / "source.safetensors")
         assert equal(load_file(tmp_path / "back.safetensors"), source)
 
     @torch.no_grad()
     @pytest.mark.parametrize("m", range(8))
-    def test_a_molecule_alone_gives_the_recorded_numbers(self, folder, recorded, m):
+    def test_a_molecule_alone_gives_the_recorded_numbers(self, recorded_folder, recorded, m):
         """Rows, patches and hidden states, by the converted encoder and connector."""
-        record, state = recorded("edt_encoder_blend"), load_file(folder / "source.safetensors")
-        encoder = load_part(make_encoder, folder / "ours" / "graph_encoder").eval()
-        connector = load_part(make_connector, folder / "ours" / "connector").eval()
+        record, state = (
+            recorded("edt_encoder_blend"),
+            load_file(recorded_folder / "source.safetensors"),
+        )
+        encoder = load_part(make_encoder, recorded_folder / "ours" / "graph_encoder").eval()
+        connector = load_part(make_connector, recorded_folder / "ours" / "connector").eval()
         features = encoder(recorded_batch(record, [m]))
         expected = record["node"][m][record["node_mask"][m]]
         torch.testing.assert_close(features.values, expected, rtol=0, atol=1e-4)

@@ -96,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     _check_places(args)
 
     from edt_former.released.plan import SHARD_SIZE
+    from edt_former.weights import byte_count
 
+    shard_size = SHARD_SIZE if args.shard_size is None else byte_count(args.shard_size)
     plan = _plan(args)
     print(_report(plan))
     if args.dry_run:
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=plan.nbytes, desc="written", unit="B", unit_scale=True, disable=quiet) as bar:
         plan.write(
             args.out,
-            shard_size=args.shard_size or SHARD_SIZE,
+            shard_size=shard_size,
             force=args.force,
             progress=bar.update,
         )

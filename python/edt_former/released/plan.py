@@ -18,7 +18,7 @@ from edt_former.language.frozen import write_json
 from edt_former.released.tree import abbreviated
 from edt_former.weights import StoredTensor, total_bytes, write_file, write_shards
 
-SHARD_SIZE = "2GB"
+SHARD_SIZE = 2_000_000_000
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Plan:
         self,
         out: Path,
         *,
-        shard_size: int | str = SHARD_SIZE,
+        shard_size: int = SHARD_SIZE,
         force: bool = False,
         progress: Callable[[int], object] = lambda _: None,
     ) -> None:
@@ -91,7 +91,7 @@ class Plan:
         finally:
             _remove(partial)
 
-    def _fill(self, folder: Path, shard_size: int | str, progress: Callable[[int], object]) -> None:
+    def _fill(self, folder: Path, shard_size: int, progress: Callable[[int], object]) -> None:
         folder.mkdir(parents=True)
         for path, tensors in self.files.items():
             if path in self.sharded:

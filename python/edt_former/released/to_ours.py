@@ -155,7 +155,7 @@ def to_ours(source: Path, options: Options, *, language_model: bool = True) -> P
         allow_missing=options.allow_missing,
         allow_unexpected=options.allow_unexpected,
     )
-    plan = Plan(_described(tree, graph, connector), _spelled(tree))
+    plan = Plan(_described(tree, graph, connector), tree.layout.spell("encoder.*"))
     plan.notes = _notes(tree, parts)
     if text is not None:
         plan.notes += text.notes
@@ -440,18 +440,13 @@ def _described(tree: Tree[StoredTensor], graph: _Part, connector: _Part) -> str:
             f"GIN {flat['layers']} x {flat['width']} and {encoder}, "
             f"blended {g['layers']} x {g['width']}"
         )
-    every = c["cross_attention_freq"]
+    crossed = -(-c["layers"] // c["cross_attention_freq"])
     text = f", text of {c['text_vocab_size']} words" if c["text_vocab_size"] else ""
     kind = "EDT-Former" if c["llm_width"] else "encoder of EDT-Former"
     return (
         f"{kind}: {encoder}; {c['layers']} x {c['width']} query transformer, cross-attention in "
-        f"{'every layer' if every == 1 else f'every {every}th layer'}, {c['num_queries']} anchors"
-        f"{text}"
+        f"{crossed} of {c['layers']} layers, {c['num_queries']} anchors{text}"
     )
-
-
-def _spelled(tree: Tree[StoredTensor]) -> str:
-    return tree.layout.spell("encoder.*")
 
 
 def _notes(tree: Tree[StoredTensor], parts: list[_Part]) -> list[str]:
