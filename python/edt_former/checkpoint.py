@@ -56,7 +56,7 @@ def save_checkpoint(
     Manifest(folder.resolve(), parts).write()
     state = model.state_dict() if state_dict is None else state_dict
     write_weights(folder / WEIGHTS, {n: state[n] for n in trained_names(model)}, dtype)
-    _portable(model.config).save_pretrained(folder)
+    portable(model.config).save_pretrained(folder)
     if model.processor is not None:
         beside = parts["language_model"].path
         has_tokenizer = beside is not None and Path(beside, TOKENIZER_FILE).exists()
@@ -157,7 +157,7 @@ def _save_frozen(model: MoleculeLM, folder: Path, dtype: torch.dtype | None) -> 
         model.processor.tokenizer.save_pretrained(folder / "language_model")
 
 
-def _portable(config: MoleculeConfig) -> MoleculeConfig:
+def portable(config: MoleculeConfig) -> MoleculeConfig:
     """A copy without the folder that the language model was read from: the manifest has it."""
     config = copy.deepcopy(config)
     if Path(config.text_config.name_or_path or "").is_dir():

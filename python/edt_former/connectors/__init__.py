@@ -1,5 +1,6 @@
 """Connectors: atom features in, tokens of a language model out."""
 
+from edt_former.connectors.bert import load_bert
 from edt_former.connectors.connector import (
     Connector,
     MoleculeTokens,
@@ -20,6 +21,7 @@ __all__ = [
     "QFormer",
     "QFormerConfig",
     "QueryTransformer",
+    "load_bert",
     "make_connector",
     "register_connector",
 ]

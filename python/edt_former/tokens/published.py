@@ -25,6 +25,7 @@ _LONG = (
     *("Ag", "Au", "Pt", "Pd", "Hg", "Sn", "Sb", "Te", "Xe", "Kr", "He", "Ne", "Ar"),
 )
 _TOKEN = re.compile("|".join((*_LONG, "[cnospb]", "[BCNOFPSI]")))
+_INNER, _HEAD = "transformer.", "lm_head.weight"
 _LINEAR = re.compile(r"\.c_(attn|proj|fc)\.weight$")
 
 
@@ -177,15 +178,7 @@ def predictor_from_gpt2(weights: Mapping[str, Tensor], *, heads: int = 2) -> Nex
         >>> predictor_from_gpt2(GPT2LMHeadModel(config).state_dict()).config["positions"]
         16
     """
-    named = {name.removeprefix("transformer."): value for name, value in weights.items()}
-    head = named.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, named.get("wte.weight", head)):
-        raise ValueError("lm_head.weight must be tied to transformer.wte.weight, it differs")
-    state = {
-        name: value.T.contiguous() if _LINEAR.search(name) else value
-        for name, value in named.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias"))
-    }
+    state = state_from_gpt2(weights)
     missing = [name for name in ("wte.weight", "wpe.weight") if name not in state]
     if missing:
         raise ValueError(f"weights must hold {missing[0]}, got {', '.join(state) or 'none'}")
@@ -209,3 +202,38 @@ def predictor_from_gpt2(weights: Mapping[str, Tensor], *, heads: int = 2) -> Nex
         raise ValueError(f"weights do not fit a GPT-2 of this size: {', '.join(wrong)}")
     model.load_state_dict(state)
     return model
+
+
+def state_from_gpt2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a GPT-2 under the names and in the layout of a `NextAtomPredictor`.
+
+    Raises:
+        ValueError: the head is not tied to the token embeddings.
+    """
+    named = {name.removeprefix(_INNER): value for name, value in weights.items()}
+    head = named.pop(_HEAD, None)
+    if head is not None and not torch.equal(head, named.get("wte.weight", head)):
+        raise ValueError(f"{_HEAD} must be tied to transformer.wte.weight, it differs")
+    return {
+        name: value.T.contiguous() if _LINEAR.search(name) else value
+        for name, value in named.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+
+
+def gpt2_from_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `state_from_gpt2`: weights of a `transformers.GPT2LMHeadModel`.
+
+    Example:
+        >>> state = NextAtomPredictor({"layers": 1, "vocabulary": "published"}).state_dict()
+        >>> weights = gpt2_from_state(state)
+        >>> weights["transformer.h.0.mlp.c_fc.weight"].shape, weights["lm_head.weight"].shape
+        (torch.Size([128, 512]), torch.Size([39, 128]))
+        >>> all(torch.equal(x, state[name]) for name, x in state_from_gpt2(weights).items())
+        True
+    """
+    weights = {
+        f"{_INNER}{name}": value.T.contiguous() if _LINEAR.search(name) else value
+        for name, value in state.items()
+    }
+    return {**weights, _HEAD: state["wte.weight"]}

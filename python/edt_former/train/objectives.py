@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import edt_kernels
+from edt_former.connectors.connector import make_connector
 from edt_former.connectors.qformer import LAYER_NORM_EPS, QFormer, Rows
 from edt_former.graph.encoder import GraphFeatures
+from edt_former.language.frozen import (
+    CONFIG,
+    WEIGHTS,
+    load_part,
+    load_strictly,
+    read_weights,
+    save_part,
+    write_json,
+    write_weights,
+)
 from edt_former.tokens.rows import molecule_of_rows
 from edt_kernels import Patches, offsets_from_lengths
 
+if TYPE_CHECKING:
+    from typing import Self
+
+CONNECTOR, HEADS = "connector", "heads"
 LEAST_NEGATIVE_WEIGHT = 1e-4
 
 
@@ -95,8 +112,53 @@ class RepresentationLearning(nn.Module):
         self.gtm_head = nn.Linear(width, 2)
         self.cls = nn.Module()
         self.cls.predictions = _WordHead(width, words.num_embeddings)
+        self.config = {
+            "embed_dim": embed_dim,
+            "begin_id": begin_id,
+            "caption_position": caption_position,
+            "temperature": temperature,
+            "label_smoothing": label_smoothing,
+        }
         self.begin_id, self.caption_position = begin_id, caption_position
         self.temperature, self.label_smoothing = temperature, label_smoothing
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+        """Writes the connector to `connector/`, and the heads with their options to `heads/`.
+
+        Args:
+            folder: gets both.
+            dtype: of floating-point weights on disk, None keeps them.
+        """
+        heads = Path(folder, HEADS)
+        heads.mkdir(parents=True, exist_ok=True)
+        save_part(self.connector, Path(folder, CONNECTOR), dtype=dtype)
+        write_json(heads / CONFIG, self.config)
+        state = {n: x for n, x in self.state_dict().items() if not n.startswith(f"{CONNECTOR}.")}
+        write_weights(heads / WEIGHTS, state, dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Self:
+        """Reads what `save_pretrained` wrote, or `edt convert` from a released file; in float32.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: weights do not fit.
+
+        Example:
+            >>> import tempfile
+            >>> size = {"width": 16, "layers": 1, "heads": 2, "ffn": 32, "encoder_width": 8}
+            >>> connector = QFormer({"llm_width": None, "text_vocab_size": 10, **size})
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     RepresentationLearning(connector, embed_dim=4).save_pretrained(folder)
+            ...     RepresentationLearning.from_pretrained(folder).graph_proj.out_features
+            4
+        """
+        heads = Path(folder, HEADS)
+        connector = load_part(make_connector, Path(folder, CONNECTOR))
+        task = cls(connector, **json.loads((heads / CONFIG).read_text()))
+        names = [n for n in task.state_dict() if not n.startswith(f"{CONNECTOR}.")]
+        load_strictly(task, dict(read_weights(heads)), source=heads, names=names)
+        return task
 
     def forward(
         self,
