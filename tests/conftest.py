@@ -22,6 +22,7 @@ from edt_former.train.tiny.reader import ReaderConfig, build_reader
 from edt_former.train.tiny.vocabulary import build_tokenizer
 
 READER = ReaderConfig(width=16, intermediate=16, layers=1, heads=2, positions=640)
+SPATIAL = {"layers": 1, "width": 8, "heads": 2, "ffn": 8, "gaussians": 4}
 CONNECTOR = {"encoder_width": 8, "llm_width": 16, "width": 16, "layers": 1, "heads": 2, "ffn": 16}
 
 
@@ -48,11 +49,27 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reader = build_reader(tokenizer, READER).eval()
     encoder = make_encoder({"name": "gin", "layers": 1, "width": 8})
     predictor = NextAtomPredictor({"layers": 1, "heads": 2, "width": 16, "positions": 64})
-    for name, kind in (("edt_former", "edt_former"), ("qformer_32", "qformer")):
+    spatial = make_encoder({"name": "unimol", **SPATIAL})
+    both = make_encoder(
+        {
+            **{"name": "blended", "layers": 1, "width": 8, "heads": 2},
+            "flat": encoder.config,
+            "spatial": spatial.config,
+        }
+    )
+    for name, kind, graph_encoder, frozen in (
+        ("edt_former", "edt_former", encoder, "graph_encoder"),
+        ("edt_former_3d", "edt_former", spatial, "graph_encoder_3d"),
+        ("edt_former_both", "edt_former", both, "graph_encoder_both"),
+        ("qformer_32", "qformer", encoder, "graph_encoder"),
+    ):
         connector = make_connector({"name": kind, **CONNECTOR, "num_queries": 4})
-        model = MoleculeLM.from_parts(reader, encoder, connector, predictor, tokenizer=tokenizer)
-        first = name == "edt_former"
-        model.save_pretrained(folder / name, save_frozen=first, frozen_folder=folder)
+        parts = (reader, graph_encoder, connector, predictor)
+        model = MoleculeLM.from_parts(*parts, tokenizer=tokenizer)
+        names = {"graph_encoder": frozen}
+        model.save_pretrained(
+            folder / name, save_frozen=True, frozen_folder=folder, frozen_names=names
+        )
     guesses = Guesses.count(
         np.zeros((2, len(FACTS)), dtype=int), np.array([3, 9]), np.array([5, 6])
     )

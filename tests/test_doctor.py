@@ -247,7 +247,9 @@ def test_extras_and_how_to_have_them(monkeypatch):
 class TestModels:
     def test_all_is_well(self, as_shipped):
         finding = one(doctor._models)
-        assert finding.state == OK and finding.told.startswith("edt_former, qformer_32; ")
+        assert finding.state == OK and finding.told.startswith(
+            "edt_former, edt_former_3d, edt_former_both, qformer_32; "
+        )
 
     def test_there_are_none(self, monkeypatch, tmp_path):
         monkeypatch.setattr(shipped, "folder", lambda: tmp_path)

@@ -40,16 +40,18 @@ def save_checkpoint(
     *,
     save_frozen: bool,
     frozen_folder: Path | None,
+    frozen_names: Mapping[str, str],
     dtype: torch.dtype | None,
     state_dict: Mapping[str, Tensor] | None,
 ) -> None:
     """See `MoleculeLM.save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     shared = (frozen_folder or folder).resolve()
+    folders = {name: shared / frozen_names.get(name, name) for name in present_parts(model)}
     if save_frozen:
-        _save_frozen(model, shared, dtype)
+        _save_frozen(model, folders, dtype)
     if save_frozen or frozen_folder is not None:
-        parts = {name: _part_in(model, name, shared / name) for name in present_parts(model)}
+        parts = {name: _part_in(model, name, where) for name, where in folders.items()}
     else:
         parts = {name: _known_part(model, name) for name in present_parts(model)}
     model.frozen_parts = parts
@@ -144,17 +146,17 @@ def _known_part(model: MoleculeLM, name: str) -> FrozenPart:
     return FrozenPart(sha256, None, getattr(module, "name_or_path", ""), without)
 
 
-def _save_frozen(model: MoleculeLM, folder: Path, dtype: torch.dtype | None) -> None:
-    for name in present_parts(model):
+def _save_frozen(model: MoleculeLM, folders: Mapping[str, Path], dtype: torch.dtype | None) -> None:
+    for name, folder in folders.items():
         module = getattr(model, name)
         if not isinstance(module, PreTrainedModel):
-            save_part(module, folder / name, dtype=dtype)
+            save_part(module, folder, dtype=dtype)
         elif dtype is None or dtype == module.dtype:
-            module.save_pretrained(folder / name)
+            module.save_pretrained(folder)
         else:
-            copy.deepcopy(module).to(dtype).save_pretrained(folder / name)
+            copy.deepcopy(module).to(dtype).save_pretrained(folder)
     if model.processor is not None:
-        model.processor.tokenizer.save_pretrained(folder / "language_model")
+        model.processor.tokenizer.save_pretrained(folders["language_model"])
 
 
 def portable(config: MoleculeConfig) -> MoleculeConfig:

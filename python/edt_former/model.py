@@ -455,6 +455,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         *,
         save_frozen: bool = False,
         frozen_folder: Path | str | None = None,
+        frozen_names: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         **_: Any,
@@ -471,6 +472,8 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             frozen_folder: where the frozen parts are, or go: in `language_model/`,
                 `graph_encoder/` and `predictor/`. None: into `folder` with `save_frozen`, else
                 they stay where they were read from.
+            frozen_names: folders there of parts that are not to be in one of their own name, as
+                `{"graph_encoder": "graph_encoder_3d"}`: several of a kind can be side by side.
             dtype: of floating-point weights on disk, None keeps them.
             state_dict: used instead of the model's own, for a Trainer that gathers one.
         """
@@ -479,6 +482,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             Path(folder),
             save_frozen=save_frozen,
             frozen_folder=None if frozen_folder is None else Path(frozen_folder),
+            frozen_names=frozen_names or {},
             dtype=dtype,
             state_dict=state_dict,
         )

@@ -358,13 +358,56 @@ class MoleculeProcessor:
             ValueError: a conformer could not be made; it names the index, the molecule and the
                 reason.
         """
+        return None if self._pool is None else places(molecules, self.find_conformers(molecules))
+
+    def find_conformers(
+        self, molecules: Sequence[Molecule], pool: ConformerPool | None = None
+    ) -> list[Conformer | Invalid]:
+        """A conformer of every molecule, remembered or made, or the reason why there is none.
+
+        Args:
+            molecules: any.
+            pool: makes those that are new; None takes the processor's own, of one process.
+
+        Raises:
+            ValueError: the graph encoder reads no coordinates.
+        """
         if self._pool is None:
-            return None
+            raise ValueError("conformers are made for a graph encoder that reads coordinates only")
         new = {m.smiles: m for m in molecules if m.smiles not in self._conformers}
         found = {m.smiles: self._conformers.get(m.smiles) for m in molecules}
-        found |= zip(new, self._pool.make(new.values()), strict=True)
+        found |= zip(new, (pool or self._pool).make(new.values()), strict=True)
         self._remember(self._conformers, found)
-        return places(molecules, [found[m.smiles] for m in molecules])
+        return [found[m.smiles] for m in molecules]
+
+    def keep_conformers(
+        self, molecules: Sequence[Molecule], conformers: Sequence[Conformer | Invalid]
+    ) -> None:
+        """Conformers made elsewhere: those of another program, or of many processes.
+
+        They are remembered by the molecules' canonical SMILES, as if the processor had made them.
+
+        Args:
+            molecules: each with its SMILES.
+            conformers: one per molecule, its atoms in the molecule's order; or the reason why
+                there is none.
+
+        Raises:
+            ValueError: they are not as many as molecules; one has not its molecule's atoms.
+        """
+        if len(conformers) != len(molecules):
+            raise ValueError(
+                f"conformers must be one per molecule, {len(molecules)}, got {len(conformers)}"
+            )
+        for index, (molecule, given) in enumerate(zip(molecules, conformers, strict=True)):
+            shape = (molecule.num_atoms, 3)
+            if not isinstance(given, Invalid) and given.coordinates.shape != shape:
+                raise ValueError(
+                    f"the conformer of molecule {index} ({molecule.smiles!r}) must have shape "
+                    f"{shape}, got {given.coordinates.shape}"
+                )
+        found = {m.smiles: c for m, c in zip(molecules, conformers, strict=True)}
+        self._remember(self._conformers, found)
 
     def prompt(self, question: str, *, molecules: int = 1) -> str:
         """The text that asks `question` about that many molecules; see `language.prompt.ask`."""

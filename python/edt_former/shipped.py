@@ -7,11 +7,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edt_former.language.frozen import load_part
-from edt_former.tokens import NextAtomPredictor
-
 if TYPE_CHECKING:
     from edt_former.model import MoleculeLM
+    from edt_former.tokens import NextAtomPredictor
+
+ENCODERS = {"2d": "edt_former", "3d": "edt_former_3d", "both": "edt_former_both"}
+"""EDT-Former on each graph encoder: bonds, the places of atoms in space, the two blended."""
 
 
 def folder() -> Path:
@@ -27,6 +28,15 @@ def connectors() -> list[str]:
     """
     found = (path.parent.name for path in folder().glob("*/manifest.json"))
     return sorted(found, key=lambda name: (name != "edt_former", name))
+
+
+def encoder_of(connector: str) -> str:
+    """What the graph encoder of a shipped connector reads, a key of `ENCODERS`.
+
+    >>> encoder_of("edt_former_3d"), encoder_of("qformer_32")
+    ('3d', '2d')
+    """
+    return next((encoder for encoder, name in ENCODERS.items() if name == connector), "2d")
 
 
 def manifest() -> dict[str, Any]:
@@ -64,6 +74,9 @@ def predictor() -> NextAtomPredictor:
     >>> predictor().positions
     512
     """
+    from edt_former.language.frozen import load_part
+    from edt_former.tokens import NextAtomPredictor
+
     if not connectors():
         raise _missing()
     return load_part(NextAtomPredictor, folder() / "predictor").eval().requires_grad_(False)

@@ -17,10 +17,13 @@ from edt_former import shipped
 from edt_former.cli import demo
 from edt_former.cli.main import COMMANDS, main
 from edt_former.report import speed
+from edt_former.tasks.heldout import heldout_molecules
 from edt_former.tasks.questions import FACTS, QUESTION_TYPES
 from edt_former.train.tiny import data, recipe
 
 ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
+NO_CONFORMER = "F[C@]12C[C@@](F)(C1)C2"
+"""Its two chiral centres contradict one another."""
 BASELINES = (
     "language model without molecule",
     "constant answer",
@@ -123,7 +126,28 @@ class TestDescribe:
 
     def test_an_unknown_connector(self, fails):
         message = fails("describe", "CCO", "--connector", "nonsense")
-        assert message == "connector must be one of 'edt_former', 'qformer_32', got 'nonsense'"
+        names = "'edt_former', 'edt_former_3d', 'edt_former_both', 'qformer_32'"
+        assert message == f"connector must be one of {names}, got 'nonsense'"
+
+    @pytest.mark.parametrize("encoder", ["2d", "3d", "both"])
+    def test_an_encoder(self, edt, encoder, monkeypatch):
+        loaded, load = [], shipped.load
+        monkeypatch.setattr(shipped, "load", lambda name: loaded.append(name) or load(name))
+        status, out, err = edt("describe", "OCC", "--encoder", encoder, "--ask", "logP?")
+        assert (status, err, out[0]) == (0, [], "CCO")
+        assert loaded == [shipped.ENCODERS[encoder]]
+
+    def test_an_encoder_and_a_connector_must_agree(self, edt, fails):
+        options = ("--encoder", "2d", "--connector", "qformer_32")
+        assert edt("describe", "CCO", *options, "--ask", "logP?")[0] == 0
+        message = fails("describe", "CCO", "--encoder", "3d", "--connector", "qformer_32")
+        assert message == "--encoder must be 2d with --connector qformer_32, got 3d"
+        message = fails("demo", "--encoder", "2d", "--connector", "edt_former_both")
+        assert message == "--encoder must be both with --connector edt_former_both, got 2d"
+
+    def test_a_molecule_without_a_conformer(self, fails):
+        message = fails("describe", NO_CONFORMER, "--encoder", "3d")
+        assert message.startswith("molecule 0 ('") and "embed" in message
 
     def test_a_model_that_is_not_there(self, fails, tmp_path):
         missing = tmp_path / "nowhere"
@@ -317,6 +341,17 @@ class TestFile:
         text = (tmp_path / "edt_report.html").read_text(encoding="utf-8")
         assert status == 0 and "<img " not in text and "<h2>Answers</h2>" in text
 
+    def test_a_molecule_without_a_conformer_is_a_row_with_a_reason(self, edt, tmp_path):
+        (tmp_path / "a.smi").write_text(
+            f"CCO ethanol\nC1CC broken\n{NO_CONFORMER} impossible\nCC\n"
+        )
+        for encoder, answered in (("2d", 3), ("both", 2)):
+            status, out, err = edt("demo", tmp_path / "a.smi", "--encoder", encoder, "--no-report")
+            assert (status, err) == (0, [])
+            assert out[-1] == f"4 rows, {answered} answered, {4 - answered} not answered"
+            assert "unclosed ring" in out[2]
+            assert ("RDKit cannot embed" in out[3]) == (encoder == "both")
+
     def test_the_input_is_not_overwritten(self, fails, molecules):
         assert "--out must be another file" in fails("demo", molecules, "--out", molecules)
         assert molecules.read_text() == FILE
@@ -354,6 +389,21 @@ class TestDemo:
         # What is printed stands on the page, from the same results.
         for line in speeds:
             assert all(f">{cell}<" in page for cell in re.split(r"  +", line))
+
+    def test_in_3d_drugs_have_conformers_or_are_drawn(self, edt, monkeypatch, tmp_path):
+        size = {"width": 16, "layers": 1, "heads": 2, "ffn": 16, "cross_attention_freq": 1}
+        monkeypatch.setattr(speed, "PUBLISHED", size)
+        listed = [*heldout_molecules()[:40], ("impossible", NO_CONFORMER)]
+        listed += [row for row in heldout_molecules()[40:] if row[0] in demo.DRUGS]
+        monkeypatch.setattr("edt_former.tasks.heldout.heldout_molecules", lambda: listed)
+        status, out, err = edt("demo", "--sample", len(listed), "--encoder", "3d")
+        assert status == 0 and any("making conformers" in line for line in err)
+        assert sum(line.startswith("edt_former_3d, frozen language model") for line in out) == 1
+        steps = r"\d+ s: [\d.]+ loading, [\d.]+ conformers, [\d.]+ eight drugs, .*"
+        assert re.fullmatch(steps, out[-3])
+        page = (tmp_path / "edt_report.html").read_text(encoding="utf-8")
+        assert f"of {len(listed)} molecules, 1 of them drawn flat" in page
+        assert "elements and places of atoms" in page
 
     def test_options_are_checked(self, fails, tmp_path):
         assert fails("demo", "--sample", 1) == "--sample must be at least 2, got 1"
@@ -400,10 +450,10 @@ def test_the_shipped_model_answers(edt):
 @trained
 def test_the_shipped_set_is_complete_and_small():
     manifest = shipped.manifest()
-    assert shipped.connectors()[:2] == ["edt_former", "qformer_32"]
+    assert shipped.connectors()[:4] == [*shipped.ENCODERS.values(), "qformer_32"]
     assert set(manifest["accuracy"]) == set(shipped.connectors())
     files = [path for path in shipped.folder().rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 16e6
+    assert sum(path.stat().st_size for path in files) <= 20e6
     absolute = re.compile(r'path": "/')
     assert not [p for p in files if p.suffix == ".json" and absolute.search(p.read_text())]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from edt_former.chem import read_molecules
 from edt_former.graph import GraphBatch, UniMol, make_encoder
-from edt_former.graph.unimol import SYMBOLS
+from edt_former.graph.unimol import HIDDEN, SYMBOLS
 
 REDUCED = {"name": "unimol", "layers": 4, "width": 64, "heads": 8, "ffn": 128}
 SMALL = {"layers": 3, "width": 16, "heads": 2, "ffn": 32}
@@ -103,6 +103,15 @@ def test_equals_unimol_written_out(m):
     assert features.offsets.tolist() == [0, len(symbols) + 2]
     torch.testing.assert_close(*features.atoms(), expected[1:-1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(small()(batch).values, expected[1:-1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_hidden_element_is_read_as_mask():
+    model, batch = small(), packed(0)
+    batch.elements[3] = HIDDEN
+    symbols = [NAMES.get(element, "[MASK]") for element in batch.elements.tolist()]
+    assert symbols.count("[MASK]") == 1
+    expected = plain(model, symbols, batch.coordinates.numpy())[1:-1]
+    torch.testing.assert_close(model(batch).values, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("record", ["unimol", "blend"], ids="edt_encoder_{}".format)

@@ -328,6 +328,28 @@ def test_checkpoints_share_frozen_parts_and_can_be_moved_with_them(
         torch.testing.assert_close(read(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-5)
 
 
+def test_frozen_parts_of_one_kind_can_be_side_by_side(make_parts, make_tokenizer, tmp_path):
+    text_model, encoder, connector, predictor = make_parts()
+    torch.manual_seed(1)
+    other = make_encoder(encoder.config).eval()
+    for name, graph_encoder in {"graph_encoder": encoder, "other": other}.items():
+        parts = (text_model, graph_encoder, connector, predictor)
+        MoleculeLM.from_parts(*parts, tokenizer=make_tokenizer()).save_pretrained(
+            tmp_path / "of" / name,
+            save_frozen=True,
+            frozen_folder=tmp_path,
+            frozen_names={"graph_encoder": name},
+        )
+    manifest = json.loads((tmp_path / "of" / "other" / "manifest.json").read_text())["parts"]
+    assert manifest["graph_encoder"]["path"] == "../../other"
+    assert manifest["graph_encoder"]["name"] == "other"
+    assert manifest["language_model"]["path"] == "../../language_model"
+    for name, graph_encoder in {"graph_encoder": encoder, "other": other}.items():
+        read = MoleculeLM.from_pretrained(tmp_path / "of" / name).graph_encoder.state_dict()
+        state = graph_encoder.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in read.items())
+
+
 def test_a_checkpoint_holds_no_path_of_this_machine(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "first", save_frozen=True)
     read = MoleculeLM.from_pretrained(tmp_path / "first")

@@ -9,7 +9,14 @@ import torch
 from rdkit import Chem
 from transformers import AutoProcessor
 
-from edt_former.chem import ConformerOptions, make_conformer, read_molecule
+from edt_former.chem import (
+    Conformer,
+    ConformerOptions,
+    ConformerPool,
+    Invalid,
+    make_conformer,
+    read_molecule,
+)
 from edt_former.graph import GraphBatch
 from edt_former.processor import MoleculeProcessor, PatchSets, as_molecule
 from edt_former.tokens import pack_patches
@@ -275,6 +282,37 @@ def test_a_molecule_without_a_conformer_is_named_with_the_reason(make_processor)
     flat = make_processor(conformers=ConformerOptions(timeout=1e-9, flat=True))
     coordinates = flat("<mol>", "OCC")["graph"].coordinates
     assert (coordinates[:, 2] == 0).all() and coordinates.abs().sum() > 0
+
+
+def test_conformers_made_elsewhere_are_kept(make_processor):
+    processor = make_processor(conformers=ConformerOptions(timeout=1e-9))
+    ethanol, methane = read_molecule("OCC"), read_molecule("C")
+    places = np.arange(9, dtype=np.float32).reshape(3, 3)
+    processor.keep_conformers([ethanol, methane], [Conformer(places), Invalid("C", "not today")])
+    coordinates = processor("<mol>", "CCO")["graph"].coordinates
+    np.testing.assert_array_equal(coordinates, places)
+    with pytest.raises(ValueError, match=r"molecule 0 \('C'\): not today"):
+        processor("<mol>", "C")
+
+
+def test_conformers_that_do_not_fit_their_molecules_are_refused(make_processor):
+    processor, ethanol = make_processor(conformers=ConformerOptions()), read_molecule("CCO")
+    with pytest.raises(ValueError, match="must be one per molecule, 2, got 1"):
+        processor.keep_conformers([ethanol, ethanol], [Conformer(np.zeros((3, 3)))])
+    with pytest.raises(ValueError, match=r"0 \('CCO'\) must have shape \(3, 3\), got \(2, 3\)"):
+        processor.keep_conformers([ethanol], [Conformer(np.zeros((2, 3)))])
+
+
+def test_conformers_are_found_by_any_pool_and_remembered(make_processor):
+    processor = make_processor(conformers=ConformerOptions())
+    molecules = [read_molecule("CCO"), read_molecule("CC")]
+    with ConformerPool(ConformerOptions(timeout=1e-9)) as none, ConformerPool(workers=2) as pool:
+        first = processor.find_conformers(molecules[:1], none)
+        found = processor.find_conformers(molecules, pool)
+    assert found[0] is first[0] and first[0].reason == "no conformer within 1e-09 s"
+    assert found[1].coordinates.shape == (2, 3)
+    with pytest.raises(ValueError, match="for a graph encoder that reads coordinates only"):
+        make_processor().find_conformers(molecules)
 
 
 def test_without_conformers_there_are_no_coordinates(make_processor):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from edt_former import shipped
+from edt_former.chem import Conformer, ConformerPool, read_molecule
 from edt_former.model import MoleculeLM
 from edt_former.report.answers import AnsweredRow, answer_rows
 from edt_former.tasks.questions import FACT_BY_KEY
 
 KEYS = ("rings", "amide")
+NO_CONFORMER = "F[C@]12C[C@@](F)(C1)C2"
+"""Its two chiral centres contradict one another."""
 LONG = "C" * 1000
 """Its tokens are more than the miniature's language model reads, if half of its atoms peak."""
 
@@ -74,6 +78,29 @@ def test_a_molecule_without_room_in_the_prompt_has_a_reason(model, monkeypatch):
     found = ask(model, ["C", "CCOCCNCCOCCNCCOCC", "O"])
     assert [bool(row.reason) for row in found] == [False, True, False]
     assert found[1].reason.startswith("takes ") and found[1].reason.endswith("reads 70")
+
+
+@pytest.fixture(scope="module")
+def spatial(miniature) -> MoleculeLM:
+    return MoleculeLM.from_pretrained(miniature / "edt_former_3d")
+
+
+def test_a_molecule_without_a_conformer_has_a_reason_where_one_is_read(model, spatial):
+    smiles = ["CCO", NO_CONFORMER, "bad", "CCN"]
+    assert [bool(row.reason) for row in ask(model, smiles)] == [False, False, True, False]
+    for options in ({}, {"chunk": 1}, {"workers": 2}):
+        found = ask(spatial, smiles, **options)
+        assert [bool(row.reason) for row in found] == [False, True, True, False]
+        assert "embed" in found[1].reason and found[1].smiles == NO_CONFORMER
+
+
+def test_conformers_that_the_processor_has_are_not_made_again(spatial, monkeypatch):
+    molecule = read_molecule("CCCF")
+    spatial.processor.keep_conformers([molecule], [Conformer(np.eye(4, 3, dtype=np.float32))])
+    made = []
+    monkeypatch.setattr(ConformerPool, "make", lambda _, items: made.extend(items) or [])
+    (row,) = ask(spatial, ["CCCF"])
+    assert row.answers is not None and made == []
 
 
 def test_an_answer_is_the_value_where_the_model_keeps_to_the_form(model, monkeypatch):

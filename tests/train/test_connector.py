@@ -11,6 +11,7 @@ from edt_former.graph import make_encoder
 from edt_former.tasks.questions import FACTS, QUESTION_TYPES
 from edt_former.tokens import NextAtomPredictor
 from edt_former.train.tiny import connector as recipe
+from edt_former.train.tiny.conformers import PlacedTable
 from edt_former.train.tiny.connector import (
     FeatureTable,
     connector_configs,
@@ -89,6 +90,27 @@ def test_a_connector_reads_features_as_it_reads_molecules(table, frozen, feature
     stored = connector(*features.batch(rows))
     assert torch.equal(live.offsets, stored.offsets)
     torch.testing.assert_close(stored.values, live.values, rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
+def test_features_of_two_views_are_read_as_the_encoder_gives_them(prepared, frozen, tmp_path):
+    """Rows of every view, and where the atoms are in each: a connector is given the same."""
+    table = MoleculeTable.load(prepared / "train").take(np.array([5, 3, 8, 1, 0]))
+    places = np.random.default_rng(0).normal(size=(table.offsets[-1], 3)).astype(np.float32)
+    placed = PlacedTable(**vars(table), coordinates=places)
+    torch.manual_seed(0)
+    small = {"layers": 1, "width": 16, "heads": 2}
+    spatial = {**small, "ffn": 8, "gaussians": 4}
+    blended = make_encoder(
+        {"name": "blended", "flat": frozen[0].config, "spatial": spatial, **small}
+    ).freeze()
+    features = read_features(placed, blended, frozen[1], batch=2)
+    assert features.num_views == 2
+    for rows in (np.array([4, 0, 2]), np.array([1])):
+        live, (stored, _) = blended(placed.batch(rows)), features.batch(rows)
+        assert torch.equal(stored.offsets, live.offsets)
+        assert all(map(torch.equal, stored.views, live.views))
+        torch.testing.assert_close(stored.values, live.values, rtol=2e-3, atol=2e-3)
 
 
 def test_configs_differ_in_their_queries_only():

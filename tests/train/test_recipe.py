@@ -37,7 +37,12 @@ def small():
         patch.setattr(recipe, "heldout_molecules", lambda: heldout_molecules()[:3])
         reader = partial(recipe.train_reader, config=READER, held_out=8, molecules=2, questions=3)
         patch.setattr(recipe, "train_reader", reader)
+        patch.setattr(recipe, "CONFORMERS", 200)
         patch.setattr(encoder, "CONFIG", {"name": "gin", "layers": 1, "width": 16})
+        small = {"layers": 1, "width": 24, "heads": 2}
+        unimol = {**encoder.SPATIAL_CONFIG, **small, "ffn": 16, "gaussians": 8}
+        patch.setattr(encoder, "SPATIAL_CONFIG", unimol)
+        patch.setattr(encoder, "BLENDING", {"name": "blended", **small, "width": 32})
         patch.setattr(predictor, "CONFIG", {"layers": 1, "heads": 2, "width": 16, "positions": 64})
         sizes = {"width": 16, "layers": 1, "heads": 2, "ffn": 16, "dropout": 0.0, "sum_tokens": 1}
         patch.setattr(connector, "SIZES", sizes)
@@ -58,8 +63,10 @@ def test_everything_that_ships_is_there(out):
     manifest = json.loads((out / "shipped" / "manifest.json").read_text())
     names = list(manifest["accuracy"])
     assert names[:2] == ["edt_former", "qformer_32"] and names[2].startswith("qformer_")
+    assert names[3:] == ["edt_former_3d", "edt_former_both"]
     made = sorted(path.name for path in (out / "shipped").iterdir())
-    frozen = ["graph_encoder", "language_model", "predictor"]
+    frozen = ["graph_encoder", "graph_encoder_3d", "graph_encoder_both"]
+    frozen += ["language_model", "predictor"]
     assert made == sorted([*names, *frozen, "manifest.json"])
     mean = manifest["mean tokens of EDT-Former"]
     assert names[2] == f"qformer_{round(mean)}" and mean > 33
@@ -72,7 +79,10 @@ def test_the_manifest_tells_how_it_was_made(out):
     assert set(manifest["steps"]) == set(recipe.STEPS)
     assert all(seconds >= 0 for seconds in manifest["seconds"].values())
     assert {"torch", "rdkit", "edt-kernels", "python"} <= manifest["versions"].keys()
-    for both in manifest["accuracy"].values():
+    conformers = manifest["data"]["conformers"]
+    assert conformers["molecules"] + sum(conformers["left_out"].values()) == 100
+    assert conformers["drawn flat"] == {"known drugs": 0, "held-out scaffolds": 0}
+    for both in (*manifest["accuracy"].values(), manifest["same molecules"]):
         assert list(both) == ["known drugs", "held-out scaffolds"]
         for by_who in both.values():
             assert list(by_who) == WHO
@@ -84,11 +94,12 @@ def test_the_manifest_tells_how_it_was_made(out):
 
 def test_the_shipped_models_load_and_answer(out, monkeypatch):
     monkeypatch.setattr(shipped, "folder", lambda: out / "shipped")
-    assert shipped.connectors()[:2] == ["edt_former", "qformer_32"]
+    assert shipped.connectors()[:4] == [*shipped.ENCODERS.values(), "qformer_32"]
     for name in shipped.connectors():
         model = shipped.load(name)
         assert isinstance(model, MoleculeLM)
         assert isinstance(model.answer("CCO", "How many rings?", max_new_tokens=2)[0], str)
+        assert model.graph_encoder.needs_coordinates == (shipped.encoder_of(name) != "2d")
     assert "guesses" in shipped.manifest()
 
 
@@ -98,10 +109,20 @@ def test_weights_on_disk_are_half_and_lose_nothing(out):
     for path in (out / "shipped").rglob("*.safetensors"):
         floats = [w for w in load_file(path).values() if w.is_floating_point()]
         assert floats and all(w.dtype == torch.float16 for w in floats), path
-    model = MoleculeLM.from_pretrained(out / "shipped" / "edt_former")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    round_weights(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name in shipped.ENCODERS.values():
+        model = MoleculeLM.from_pretrained(out / "shipped" / name)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        round_weights(model)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_blending_holds_the_encoders_that_ship_beside_it(out):
+    both = MoleculeLM.from_pretrained(out / "shipped" / "edt_former_both").graph_encoder
+    for name, owner in (("moleculestm", "edt_former"), ("unimol", "edt_former_3d")):
+        alone = MoleculeLM.from_pretrained(out / "shipped" / owner).graph_encoder.state_dict()
+        copied = both.graph_encoder[name].state_dict()
+        assert all(torch.equal(value, copied[key]) for key, value in alone.items())
+    assert not both.train_blending and not any(p.requires_grad for p in both.parameters())
 
 
 def test_the_same_call_again_trains_nothing_and_gives_the_same(out, corpora, small, monkeypatch):

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edt_former.cli.files import molecule_rows, writable, write_rows
+from edt_former.cli.models import add_model, connector_of
+from edt_former.machine import cores
+from edt_former.shipped import encoder_of
 
 if TYPE_CHECKING:
+    from edt_former.chem import Molecule
     from edt_former.model import MoleculeLM
     from edt_former.report.answers import AnsweredRow
     from edt_former.report.page import Section
@@ -32,6 +36,13 @@ DRUGS = (
 )
 ASKED = ("aromatic rings", "hydrogen-bond donors", "carboxylic acid", "logP", "polar surface area")
 SPEED_BATCH = 12
+TIMEOUT = 5.0
+"""Seconds for the conformer of a known drug."""
+READS = {
+    "2d": "bonds",
+    "3d": "elements and places of atoms, in a conformer by RDKit",
+    "both": "bonds; elements and places of atoms, in a conformer by RDKit",
+}
 ABOUT_DRUGS = (
     "Eight drugs that no training step has seen; the prompt holds no SMILES, name or size."
 )
@@ -48,9 +59,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         epilog="example: edt demo molecules.csv --out answers.csv",
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="SMILES to ask about")
-    parser.add_argument(
-        "--connector", default="edt_former", help="a shipped connector (default: %(default)s)"
-    )
+    add_model(parser)
     parser.add_argument(
         "--sample", type=int, default=100, metavar="N", help="held-out drugs to ask about"
     )
@@ -81,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
+    from edt_former.chem import read_molecules
     from edt_former.report.answers import answer_rows
     from edt_former.report.sections import (
         accuracy_section,
@@ -91,50 +101,68 @@ def _measure(args: argparse.Namespace) -> int:
     from edt_former.shipped import load
     from edt_former.tasks.heldout import heldout_molecules
 
-    clock = [time.perf_counter()]
+    laps = {"": time.perf_counter()}
+
+    def lap(step: str) -> None:
+        laps[step] = time.perf_counter()
 
     def show(section: Section) -> Section:
         print(section.as_text(), end="\n\n")
-        clock.append(time.perf_counter())
         return section
 
-    model = load(args.connector)
-    clock.append(time.perf_counter())
+    connector = connector_of(args)
+    model = load(connector)
+    lap("loading")
     listed = heldout_molecules()
     smiles = dict(listed)
+    drawn = random.Random(args.seed).sample(listed, min(args.sample, len(listed)))
+    molecules = read_molecules([smiles for _, smiles in drawn])
+    facts = [("held-out drugs", f"sample of {len(drawn)}, seed {args.seed}")]
+    if model.processor.conformers is not None:
+        asked = {**dict(drawn), **{name: smiles[name] for name in DRUGS}}
+        facts.append(("conformers", _place(model, read_molecules(asked.values()))))
+        lap("conformers")
     rows = list(answer_rows(model, [(name, smiles[name]) for name in DRUGS], ASKED))
     answers = show(answers_section(rows, ASKED, ABOUT_DRUGS))
-    drawn = random.Random(args.seed).sample(listed, min(args.sample, len(listed)))
-    results = _accuracies(model, args.connector, [smiles for _, smiles in drawn])
+    lap("eight drugs")
+    results = _accuracies(model, connector, molecules)
     accuracy = show(accuracy_section(results, count=len(drawn), listed=len(listed)))
+    lap("accuracy")
     speeds = _speeds(model, [smiles for _, smiles in listed[:SPEED_BATCH]])
     speed = show(speed_section(speeds, molecules=SPEED_BATCH))
-    loading, drugs, asking, timing = (b - a for a, b in pairwise(clock))
-    print(
-        f"{clock[-1] - clock[0]:.0f} s: {loading:.1f} loading, {drugs:.1f} eight drugs, "
-        f"{asking:.1f} accuracy, {timing:.1f} speed"
-    )
+    lap("speed")
+    times = list(laps.values())
+    spent = zip(list(laps)[1:], pairwise(times), strict=True)
+    told = ", ".join(f"{after - before:.1f} {step}" for step, (before, after) in spent)
+    print(f"{times[-1] - times[0]:.0f} s: {told}")
     if not args.no_report:
         speed = replace(speed, cards=[speed_card(speeds)])
-        facts = [("held-out drugs", f"sample of {len(drawn)}, seed {args.seed}")]
-        _write_page(
-            args, model, "What the shipped model can do", [answers, accuracy, speed], rows, facts
-        )
+        sections = [answers, accuracy, speed]
+        _write_page(args, model, "What the shipped model can do", sections, rows, facts)
     return 0
 
 
+def _place(model: MoleculeLM, molecules: Sequence[Molecule]) -> str:
+    """Give the model's processor a conformer of each, made by all cores; what came of it."""
+    from edt_former.chem import make_conformers
+
+    options = replace(model.processor.conformers, timeout=TIMEOUT, flat=True)
+    conformers = make_conformers(molecules, options, workers=cores(), progress=True)
+    model.processor.keep_conformers(molecules, conformers)
+    flat = sum(conformer.flat for conformer in conformers)
+    return f"of {len(conformers)} molecules, {flat} of them drawn flat for want of one"
+
+
 def _accuracies(
-    model: MoleculeLM, connector: str, smiles: Sequence[str]
+    model: MoleculeLM, connector: str, molecules: Sequence[Molecule]
 ) -> dict[str, dict[str, Accuracy]]:
     import numpy as np
 
-    from edt_former.chem import read_molecules
     from edt_former.shipped import manifest
     from edt_former.tasks.accuracy import Guesses
     from edt_former.tasks.evaluation import compare
     from edt_former.tasks.questions import answer_ids
 
-    molecules = read_molecules(smiles)
     truth = np.stack([answer_ids(molecule) for molecule in molecules])
     results = compare(model, molecules, truth, Guesses.from_json(manifest()["guesses"]))
     return {f"{connector}, frozen language model": results.pop("model"), **results}
@@ -157,8 +185,8 @@ def _ask_about_file(args: argparse.Namespace) -> int:
     from edt_former.shipped import load
 
     molecules = molecule_rows(args.file, args.out)
-    model = load(args.connector)
-    rows = answer_rows(model, molecules, ASKED)
+    model = load(connector_of(args))
+    rows = answer_rows(model, molecules, ASKED, workers=cores())
     header = ["name", "smiles", "reason", "atoms", "patches", "tokens", *ASKED]
     tally = write_rows(args.file, rows, args.out, header, _cells, keep=args.rows)
     section = answers_section(tally.shown, ASKED, tally.summary("answered"))
@@ -195,6 +223,10 @@ def _write_page(
         options = replace(options, sources=("entropy",))
         drawn = [(row.name, row.smiles) for row in rows if not row.reason]
         sections.append(patches_section(patch_rows(drawn, model.processor.predictor, options)))
-    sections.append(circumstances_section([("connector", args.connector), *facts]))
+    connector = connector_of(args)
+    reads = READS[encoder_of(connector)]
+    sections.append(
+        circumstances_section([("connector", connector), ("graph encoder reads", reads), *facts])
+    )
     args.report.write_text(page(title, sections), encoding="utf-8")
     print(f"\nreport: {args.report}")

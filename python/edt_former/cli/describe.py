@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from edt_former.cli.models import add_model, connector_of
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
@@ -23,9 +25,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="QUESTION",
         help="a question, may be repeated; without one, all that the model knows are asked",
     )
-    parser.add_argument(
-        "--connector", default="edt_former", help="a shipped connector (default: %(default)s)"
-    )
+    add_model(parser)
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="a saved MoleculeLM instead of the shipped one"
     )
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     molecule = read_molecule(args.smiles)
     if isinstance(molecule, Invalid):
         raise ValueError(f"SMILES {molecule.source!r} cannot be read: {molecule.reason}")
-    model = MoleculeLM.from_pretrained(args.model) if args.model else load(args.connector)
+    model = MoleculeLM.from_pretrained(args.model) if args.model else load(connector_of(args))
     questions = args.ask or [fact.phrasings[0] for fact in FACTS]
     answers = model.answer(molecule, questions)
     truth = facts(molecule)

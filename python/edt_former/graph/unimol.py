@@ -20,11 +20,13 @@ SYMBOLS = (
 )
 """The dictionary of the released weights; every other element is [UNK]."""
 
-_CLS, _SEP, _UNK = (SYMBOLS.index(token) for token in ("[CLS]", "[SEP]", "[UNK]"))
+_CLS, _SEP, _UNK, _MASK = map(SYMBOLS.index, ("[CLS]", "[SEP]", "[UNK]", "[MASK]"))
 _ATOMIC_NUMBERS = (6, 7, 8, 16, 1, 17, 9, 35, 53, 14, 15, 5, 11, 19, 13, 20)
 _ATOMIC_NUMBERS += (50, 33, 80, 26, 30, 24, 34, 64, 79, 3)  # of SYMBOLS from "C" to "Li"
 _HYDROGEN = 1
 _ELEMENTS = 119
+HIDDEN = _ELEMENTS
+"""In `GraphBatch.elements`, an atom whose element is to be guessed: Uni-Mol reads [MASK]."""
 
 PI = 3.14159  # of the Gaussians, as the released weights were trained
 PAIRS_AT_A_TIME = 4096
@@ -104,8 +106,9 @@ class UniMol(GraphEncoder):
         self.gbf = _Gaussians(gaussians)
         self.gbf_proj = _PairMLP(gaussians, heads)
         self.encoder = _Encoder(layers, width, heads, ffn, dropout)
-        ids = torch.full((_ELEMENTS,), _UNK)
-        ids[list(_ATOMIC_NUMBERS)] = torch.arange(_UNK + 1, len(SYMBOLS) - 1)
+        ids = torch.full((_ELEMENTS + 1,), _UNK)
+        ids[list(_ATOMIC_NUMBERS)] = torch.arange(_UNK + 1, _MASK)
+        ids[HIDDEN] = _MASK
         self.register_buffer("token_of_element", ids, persistent=False)
         self.apply(_initialise)
 

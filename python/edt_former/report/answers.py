@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from edt_former.chem import Invalid, Molecule, read_molecule
+from edt_former.chem import ConformerPool, Invalid, Molecule, read_molecule
 from edt_former.model import MoleculeLM
 from edt_former.tasks.evaluation import LONGEST_ANSWER
 from edt_former.tasks.questions import FACT_BY_KEY, facts, value_of
@@ -40,7 +40,12 @@ class AnsweredRow:
 
 
 def answer_rows(
-    model: MoleculeLM, rows: Iterable[tuple[str, str]], keys: tuple[str, ...], *, chunk: int = 64
+    model: MoleculeLM,
+    rows: Iterable[tuple[str, str]],
+    keys: tuple[str, ...],
+    *,
+    chunk: int = 64,
+    workers: int = 1,
 ) -> Iterator[AnsweredRow]:
     """Ask about each (name, SMILES), in order; only `chunk` molecules are in memory at a time.
 
@@ -48,6 +53,8 @@ def answer_rows(
         model: with its processor.
         rows: for instance `edt_former.chem.read_file(path)`.
         keys: of the facts to ask for, see `edt_former.tasks.questions.FACTS`.
+        chunk: molecules in memory.
+        workers: processes that make conformers where the graph encoder reads coordinates.
 
     >>> import edt_former
     >>> rows = [("ethanol", "CCO"), ("broken", "C1CC")]
@@ -57,25 +64,41 @@ def answer_rows(
     broken unclosed ring
     """
     rows = iter(rows)
-    while block := list(islice(rows, chunk)):
-        read = _that_fit(model, [read_molecule(smiles) for _, smiles in block])
-        answered = iter(_answer(model, [m for m in read if isinstance(m, Molecule)], keys))
-        for (name, smiles), molecule in zip(block, read, strict=True):
-            shown = name or smiles
-            if isinstance(molecule, Invalid):
-                yield AnsweredRow(shown, smiles, reason=molecule.reason)
-                continue
-            tokens, answers = next(answered)
-            truth = facts(molecule)
-            yield AnsweredRow(
-                shown,
-                smiles,
-                atoms=molecule.num_atoms,
-                tokens=tokens,
-                patches=tokens - model.connector.config["num_queries"],
-                answers=answers,
-                truth={key: truth[key] for key in keys},
-            )
+    with ConformerPool(model.processor.conformers, workers=workers) as pool:
+        while block := list(islice(rows, chunk)):
+            read = _that_fit(model, [read_molecule(smiles) for _, smiles in block])
+            if model.processor.conformers is not None:
+                read = _placed(model, read, pool)
+            answered = iter(_answer(model, [m for m in read if isinstance(m, Molecule)], keys))
+            for (name, smiles), molecule in zip(block, read, strict=True):
+                shown = name or smiles
+                if isinstance(molecule, Invalid):
+                    yield AnsweredRow(shown, smiles, reason=molecule.reason)
+                    continue
+                tokens, answers = next(answered)
+                truth = facts(molecule)
+                yield AnsweredRow(
+                    shown,
+                    smiles,
+                    atoms=molecule.num_atoms,
+                    tokens=tokens,
+                    patches=tokens - model.connector.config["num_queries"],
+                    answers=answers,
+                    truth={key: truth[key] for key in keys},
+                )
+
+
+def _placed(
+    model: MoleculeLM, read: list[Molecule | Invalid], pool: ConformerPool
+) -> list[Molecule | Invalid]:
+    """The same, with a reason in place of a molecule that has no conformer."""
+    molecules = [molecule for molecule in read if isinstance(molecule, Molecule)]
+    found = iter(model.processor.find_conformers(molecules, pool))
+    placed = []
+    for molecule in read:
+        conformer = next(found) if isinstance(molecule, Molecule) else molecule
+        placed.append(conformer if isinstance(conformer, Invalid) else molecule)
+    return placed
 
 
 def _that_fit(model: MoleculeLM, read: list[Molecule | Invalid]) -> list[Molecule | Invalid]:

@@ -48,7 +48,8 @@ class FeatureTable:
     """What the frozen parts say of M molecules, computed once.
 
     Attributes:
-        values: float16 [N, D] atom features, offsets: [M + 1].
+        values: float16 [V N, D], per molecule the features of its atoms in each of V views.
+        offsets: [M + 1] into the atoms.
         starts: bool [N], the atoms that open a patch.
         answers: [M, F].
     """
@@ -57,6 +58,11 @@ class FeatureTable:
     offsets: np.ndarray
     starts: np.ndarray
     answers: np.ndarray
+
+    @property
+    def num_views(self) -> int:
+        """V."""
+        return len(self.values) // len(self.starts)
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -83,15 +89,20 @@ class FeatureTable:
             order=None,
             threshold=None,
         )
-        features = torch.from_numpy(self.values[atoms]).float()
-        return GraphFeatures(features, bounds), {"entropy": patches}
+        views = self.num_views
+        values, ends = gather_ranges(views * self.offsets, rows)
+        features = torch.from_numpy(self.values[values]).float()
+        first = torch.arange(len(atoms)) + (views - 1) * bounds[molecule]
+        places = tuple(first + view * bounds.diff()[molecule] for view in range(views))
+        features = GraphFeatures(features, torch.from_numpy(ends), places if views > 1 else None)
+        return features, {"entropy": patches}
 
 
 @torch.no_grad()
 def read_features(
     table: MoleculeTable, encoder: GraphEncoder, predictor: NextAtomPredictor, *, batch: int = 512
 ) -> FeatureTable:
-    """Run the frozen encoder and predictor over a table."""
+    """Run the frozen encoder, of one view or more, and the predictor over a table."""
     values, starts = [], []
     for first in trange(0, len(table), batch, desc="frozen features", unit="batch"):
         graph = table.batch(np.arange(first, min(first + batch, len(table))))

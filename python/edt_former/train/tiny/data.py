@@ -96,6 +96,21 @@ class MoleculeTable:
         """The molecules of `rows`, read again from their SMILES."""
         return [read_molecule(self.smiles[row]) for row in rows]
 
+    def take(self, rows: np.ndarray) -> MoleculeTable:
+        """A table of the molecules of `rows`, in that order."""
+        atoms, offsets = gather_ranges(self.offsets, rows)
+        bonds, bond_ends = gather_ranges(self.bond_ends, rows)
+        return MoleculeTable(
+            atom_features=self.atom_features[atoms],
+            offsets=offsets,
+            bond_index=self.bond_index[:, bonds],
+            bond_features=self.bond_features[bonds],
+            bond_ends=bond_ends,
+            answers=self.answers[rows],
+            targets=self.targets[rows],
+            smiles=self.smiles[rows],
+        )
+
     def batch(self, rows: np.ndarray) -> GraphBatch:
         """The molecules of `rows`, packed in that order."""
         atoms, offsets = gather_ranges(self.offsets, rows)

@@ -7,7 +7,8 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,37 +17,64 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from edt_former.chem import Molecule, read_molecule
+from edt_former.chem import (
+    Conformer,
+    ConformerOptions,
+    Molecule,
+    make_conformers,
+    read_molecule,
+)
+from edt_former.graph.encoder import GraphEncoder
 from edt_former.language.frozen import write_json
 from edt_former.model import MoleculeLM
 from edt_former.tasks.accuracy import Guesses
 from edt_former.tasks.evaluation import compare
 from edt_former.tasks.heldout import heldout_molecules
 from edt_former.tasks.questions import FACTS, answer_ids
+from edt_former.tokens import NextAtomPredictor
+from edt_former.train.tiny.conformers import CONFORMERS, TIMEOUT, place
 from edt_former.train.tiny.connector import (
     ANCHORS,
+    FeatureTable,
     connector_configs,
     read_features,
     train_connector,
 )
 from edt_former.train.tiny.data import MoleculeTable, prepare
-from edt_former.train.tiny.encoder import train_encoder
+from edt_former.train.tiny.encoder import (
+    SPATIALLY_SUPERVISED,
+    train_blending,
+    train_encoder,
+    train_spatial_encoder,
+)
 from edt_former.train.tiny.packing import QuestionBank
 from edt_former.train.tiny.predictor import surprise, train_predictor
 from edt_former.train.tiny.reader import train_reader
 
-STEPS = {"encoder": 800, "predictor": 600, "reader": 500, "stage 1": 2200, "stage 2": 300}
+STEPS = {
+    "encoder": 800,
+    "3D encoder": 2400,
+    "blending": 600,
+    "predictor": 600,
+    "reader": 500,
+    "stage 1": 2200,
+    "stage 2": 300,
+}
 HALF = torch.float16
 """Of the weights on disk. Frozen parts are rounded before anything is trained against them."""
 
 METHOD = {
-    "graph encoder": "self-supervised; no fact that a question asks for is among its targets",
+    "graph encoders": "self-supervised; no fact that a question asks for is among their targets; "
+    "2D learned from all training molecules, 3D and the blending of both from those with a "
+    "conformer",
     "language model": "never sees a molecule; learned to read facts that stand in its context as "
     "soft tokens, each the sum of the embeddings of a key and an answer, under noise and clutter, "
     "and to echo the key before the answer; frozen after it passed the gate (see reading)",
     "connectors": "trained from scratch against the same frozen parts, with the truths of the "
-    "questions on training molecules; stage 1: a query per fact learns to write its soft token; "
-    "stage 2: the language model's loss on answers alone",
+    "questions on training molecules, in 3D and both on those with a conformer; stage 1: a query "
+    "per fact learns to write its soft token; stage 2: the language model's loss on answers alone",
+    "same molecules": "edt_former (2D) trained once more, on the molecules with a conformer alone, "
+    "to compare with edt_former_3d and edt_former_both; does not ship",
 }
 
 TEST_MOLECULES = 300
@@ -59,14 +87,15 @@ def run_recipe(
     """Train everything that ships with the package, into `out`/shipped.
 
     A run that was stopped, in whatever way, is continued by the same call. `out`/shipped gets
-    `language_model`, `graph_encoder`, `predictor`, one folder per connector and `manifest.json`:
-    data hashes, split, steps, seconds, versions, accuracies with 95 % intervals.
+    `language_model`, `predictor`, `graph_encoder` (2D) and beside it `graph_encoder_3d` and
+    `graph_encoder_both`, one folder per connector and `manifest.json`: data hashes, split, steps,
+    seconds, versions, accuracies with 95 % intervals.
 
     Args:
         data: a folder with the files of `edt_former.train.tiny.data.SOURCES`.
         out: gets checkpoints and results.
         seed: of everything.
-        processes: that read molecules.
+        processes: that read molecules and make conformers.
         scale: share of molecules and steps, for a quick trial.
 
     Raises:
@@ -94,47 +123,61 @@ def run_recipe(
         if not (out / "reader" / "metrics.json").exists():
             gate = 0.97 if scale == 1 else 0.0
             train_reader(train.answers, out / "reader", seed, steps["reader"], gate=gate)
-    language_model = LlamaForCausalLM.from_pretrained(out / "reader").eval().requires_grad_(False)
-    round_weights(language_model)
-    tokenizer = AutoTokenizer.from_pretrained(out / "reader")
-    bank = QuestionBank.build(tokenizer, FACTS)
-
     with clock("frozen features"):
         features = read_features(train, encoder, predictor)
     tokens = ANCHORS + features.patch_counts
-    width = language_model.config.hidden_size
-    configs = connector_configs(encoder.width, width, round(tokens.mean()))
     sizes = np.diff(train.offsets)
     guesses = Guesses.count(train.answers.astype(np.int64), sizes, tokens)
+    asked = {
+        "known drugs": _known_drugs(processes),
+        "held-out scaffolds": _first(test, TEST_MOLECULES, processes),
+    }
+    connectors = _Connectors(out, seed, steps, clock, predictor, guesses, asked)
+    width = connectors.language_model.config.hidden_size
+    configs = connector_configs(encoder.width, width, round(tokens.mean()))
+    results = {
+        name: connectors.make(name, config, encoder, features) for name, config in configs.items()
+    }
 
-    shipped = out / "shipped"
-    known, asked = _known_drugs(), _first(test, TEST_MOLECULES)
-    results: dict[str, dict] = {}
-    for name, config in configs.items():
-        with clock(name):
-            connector = train_connector(
-                config,
-                features,
-                language_model,
-                bank,
-                out,
-                label=name,
-                steps=(steps["stage 1"], steps["stage 2"]),
-                seed=seed,
-            )
-            round_weights(connector)
-        model = MoleculeLM.from_parts(
-            language_model, encoder, connector, predictor, tokenizer=tokenizer
+    with clock("conformers"):
+        count = max(2, round(CONFORMERS * scale))
+        placed, left_out = place(train, out / "places", count, seed=seed, processes=processes)
+    with clock("3D encoder"):
+        spatial = train_spatial_encoder(
+            placed, out / "encoder_3d.pt", steps=steps["3D encoder"], seed=seed
         )
-        first = name == next(iter(configs))
-        model.save_pretrained(shipped / name, save_frozen=first, frozen_folder=shipped, dtype=HALF)
-        with clock("evaluation"):
-            results[name] = _evaluate(
-                MoleculeLM.from_pretrained(shipped / name), guesses, known, asked
-            )
+        round_weights(spatial)
+    with clock("blending"):
+        blended = train_blending(
+            placed, encoder, spatial, out / "blending.pt", steps=steps["blending"], seed=seed
+        )
+        round_weights(blended)
+    for view, graph_encoder in (("3d", spatial), ("both", blended)):
+        with clock("frozen features"):
+            features = read_features(placed, graph_encoder, predictor)
+        name = f"edt_former_{view}"
+        config = {**configs["edt_former"], "encoder_width": graph_encoder.width}
+        results[name] = connectors.make(
+            name, config, graph_encoder, features, frozen_name=f"graph_encoder_{view}"
+        )
+    with clock("frozen features"):
+        features = read_features(placed, encoder, predictor)
+    same = connectors.make(
+        "same_molecules", configs["edt_former"], encoder, features, folder=out / "compared"
+    )
+
+    data_facts = json.loads((out / "data.json").read_text())
+    data_facts["conformers"] = {
+        "molecules": len(placed),
+        "left_out": left_out,
+        "timeout": TIMEOUT,
+        "self_supervised": SPATIALLY_SUPERVISED,
+        "drawn flat": {name: those.drawn_flat for name, those in asked.items()},
+    }
+    write_json(out / "data.json", data_facts)
     manifest = {
         "method": METHOD,
-        "data": json.loads((out / "data.json").read_text()),
+        "data": data_facts,
         "seed": seed,
         "scale": scale,
         "steps": steps,
@@ -144,9 +187,10 @@ def run_recipe(
         "next-atom surprise, nats": round(surprise(predictor, test), 4),
         "reading": json.loads((out / "reader" / "metrics.json").read_text())["reading"],
         "accuracy": results,
+        "same molecules": same,
         "guesses": guesses.to_json(),
     }
-    write_json(shipped / "manifest.json", manifest)
+    write_json(out / "shipped" / "manifest.json", manifest)
 
 
 def _same_run(file: Path, settings: dict) -> None:
@@ -165,16 +209,109 @@ def round_weights(module: nn.Module) -> None:
             tensor.copy_(tensor.to(HALF))
 
 
-def _evaluate(
-    model: MoleculeLM,
-    guesses: Guesses,
-    known: tuple[list[Molecule], np.ndarray],
-    asked: tuple[list[Molecule], np.ndarray],
-) -> dict[str, dict]:
+@dataclass(frozen=True)
+class _Asked:
+    """Molecules to ask about.
+
+    Attributes:
+        molecules: M of them.
+        truth: int64 [M, F].
+        processes: that make conformers.
+    """
+
+    molecules: list[Molecule]
+    truth: np.ndarray
+    processes: int
+
+    @cached_property
+    def conformers(self) -> list[Conformer]:
+        """One each; a drawing where there is none, so that every connector is asked the same."""
+        options = ConformerOptions(flat=True)
+        return make_conformers(self.molecules, options, workers=self.processes, progress=True)
+
+    @property
+    def drawn_flat(self) -> int:
+        """How many have no conformer."""
+        return sum(conformer.flat for conformer in self.conformers)
+
+
+class _Connectors:
+    """Makes connectors against the same frozen language model and predictor, and asks them."""
+
+    def __init__(
+        self,
+        out: Path,
+        seed: int,
+        steps: dict[str, int],
+        clock: _Clock,
+        predictor: NextAtomPredictor,
+        guesses: Guesses,
+        asked: dict[str, _Asked],
+    ) -> None:
+        self.out, self.seed, self.clock = out, seed, clock
+        self.steps = (steps["stage 1"], steps["stage 2"])
+        self.predictor, self.guesses, self.asked = predictor, guesses, asked
+        reader = LlamaForCausalLM.from_pretrained(out / "reader")
+        self.language_model = reader.eval().requires_grad_(False)
+        round_weights(self.language_model)
+        self.tokenizer = AutoTokenizer.from_pretrained(out / "reader")
+        self.bank = QuestionBank.build(self.tokenizer, FACTS)
+
+    def make(
+        self,
+        name: str,
+        config: dict,
+        encoder: GraphEncoder,
+        features: FeatureTable,
+        *,
+        frozen_name: str = "graph_encoder",
+        folder: Path | None = None,
+    ) -> dict[str, dict]:
+        """Train a connector, save it beside its frozen parts, ask the saved model.
+
+        Args:
+            name: of its folder, its checkpoints and its seconds.
+            config: of the connector.
+            encoder: frozen.
+            features: what it says of the training molecules.
+            frozen_name: of its folder.
+            folder: of the connector's; None is where it ships.
+
+        Returns:
+            See `_evaluate`.
+        """
+        with self.clock(name):
+            connector = train_connector(
+                config,
+                features,
+                self.language_model,
+                self.bank,
+                self.out,
+                label=name,
+                steps=self.steps,
+                seed=self.seed,
+            )
+            round_weights(connector)
+        model = MoleculeLM.from_parts(
+            self.language_model, encoder, connector, self.predictor, tokenizer=self.tokenizer
+        )
+        shipped = self.out / "shipped"
+        saved = (folder or shipped) / name
+        names = {"graph_encoder": frozen_name}
+        model.save_pretrained(
+            saved, save_frozen=True, frozen_folder=shipped, frozen_names=names, dtype=HALF
+        )
+        with self.clock("evaluation"):
+            return _evaluate(MoleculeLM.from_pretrained(saved), self.guesses, self.asked)
+
+
+def _evaluate(model: MoleculeLM, guesses: Guesses, asked: dict[str, _Asked]) -> dict[str, dict]:
     """Accuracies by type of the model and of every baseline, on both held-out sets."""
     result = {}
-    for name, (molecules, truth) in {"known drugs": known, "held-out scaffolds": asked}.items():
-        compared = compare(model, molecules, truth, guesses)
+    for name, those in asked.items():
+        if model.graph_encoder.needs_coordinates:
+            model.processor.keep_conformers(those.molecules, those.conformers)
+        compared = compare(model, those.molecules, those.truth, guesses)
         result[name] = {
             who: {kind: asdict(accuracy) for kind, accuracy in by_type.items()}
             for who, by_type in compared.items()
@@ -182,14 +319,15 @@ def _evaluate(
     return result
 
 
-def _known_drugs() -> tuple[list[Molecule], np.ndarray]:
+def _known_drugs(processes: int) -> _Asked:
     molecules = [read_molecule(smiles) for _, smiles in heldout_molecules()]
-    return molecules, np.stack([answer_ids(molecule) for molecule in molecules])
+    truth = np.stack([answer_ids(molecule) for molecule in molecules])
+    return _Asked(molecules, truth, processes)
 
 
-def _first(table: MoleculeTable, count: int) -> tuple[list[Molecule], np.ndarray]:
+def _first(table: MoleculeTable, count: int, processes: int) -> _Asked:
     rows = np.arange(min(count, len(table)))
-    return table.molecules(rows), table.answers[rows].astype(np.int64)
+    return _Asked(table.molecules(rows), table.answers[rows].astype(np.int64), processes)
 
 
 def _versions() -> dict[str, str]:
