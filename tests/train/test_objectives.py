@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from edt_former.connectors import EDTFormer, QFormer
 from edt_former.connectors.qformer import Rows
 from edt_former.graph import GraphFeatures
+from edt_former.released import read_tree
 from edt_former.tokens import pack_patches
 from edt_former.train.objectives import (
     Negatives,
@@ -198,14 +199,11 @@ BERT = {"width": 96, "layers": 4, "heads": 4, "ffn": 192, "llm_width": None, "te
 def published_task(state, connector, **options) -> RepresentationLearning:
     """The task with published weights; the encoders' and derived entries have no place in it."""
     model = RepresentationLearning(connector, embed_dim=32, begin_id=90, **options).eval()
-    mine = model.state_dict()
-    found = {}
-    for name, value in state.items():
-        for own in (f"connector.{name}", name, name.removeprefix("Qformer.")):
-            if own in mine and mine[own].shape == value.shape:
-                found[own] = value
-    assert set(mine) - set(found) <= {"connector.ln_graph.weight", "connector.ln_graph.bias"}
-    model.load_state_dict(found, strict=False)
+    parts = read_tree(state).parts
+    found = {f"connector.{name}": value for name, value in parts["connector"].items()}
+    left = model.load_state_dict(found | parts["heads"], strict=False)
+    assert set(left.missing_keys) <= {"connector.ln_graph.weight", "connector.ln_graph.bias"}
+    assert left.unexpected_keys == []
     return model
 
 
@@ -283,7 +281,8 @@ def test_losses_features_logits_and_gradients_equal_the_published_ones(padded):
         ~mask[..., None], -torch.inf
     )
     close(model.similarities(graph, features), exists.amax(1))
-    assert (exists.amax(1) == record["logits_g2t"]).sum() > 55, "padding wins in few pairs only"
+    same = torch.isclose(exists.amax(1), record["logits_g2t"], rtol=0, atol=1e-4)
+    assert same.sum() > 55, "padding wins in few pairs only"
 
     own = torch.arange(8)
     graphs, texts = torch.cat([own, negatives.graphs, own]), torch.cat([own, own, negatives.texts])
