@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from edt_former.connectors import EDTFormer, QFormer, QueryTransformer, make_connector
 from edt_former.graph import GraphFeatures
+from edt_former.released import read_tree
 from edt_former.tokens import pack_patches
 from edt_kernels import Patches
 
@@ -412,22 +413,12 @@ def oracle(name: str) -> dict[str, torch.Tensor]:
     return safetensors.load_file(Path(os.environ["EDT_SHARED"], "oracles", f"{name}.safetensors"))
 
 
-def load_published(model, state, ln_graph: str) -> None:
-    """Published weights, of which only heads, graph encoders and derived buffers have no place."""
-    state = {name.replace(ln_graph, "ln_graph"): value for name, value in state.items()}
-    mine = model.state_dict()
-    missing, left = (
-        model.load_state_dict(
-            {name: value for name, value in state.items() if name in mine}, strict=False
-        ),
-        {name for name in state if name not in mine},
-    )
+def load_published(model, state, **ln_graph: torch.Tensor) -> None:
+    """Published weights; the file's heads and graph encoders have no place in a connector."""
+    weights = read_tree(state, view="3d").parts["connector"] | ln_graph
+    missing = model.load_state_dict(weights, strict=False)
     assert set(missing.missing_keys) == {"llm_proj.weight", "llm_proj.bias"}
-    other = ("cls.", "graph_", "text_proj", "gtm_head", "blending", "ln_graph.", "coords")
-    assert all(
-        any(part in name for part in other) or name.endswith(("position_ids", "static_q_mask"))
-        for name in left
-    ), left
+    assert missing.unexpected_keys == []
 
 
 BERT = {"width": 96, "layers": 4, "heads": 4, "ffn": 192, "llm_width": 8, "text_vocab_size": 91}
@@ -438,7 +429,8 @@ def test_static_equals_the_published_numbers_qformer_molca_q8():
     sizes = {"encoder_width": 48, "num_queries": 8, "text_positions": 128}
     model = QFormer({**BERT, **sizes}).eval()
     state = {k.removeprefix("state."): v for k, v in record.items() if k.startswith("state.")}
-    load_published(model, state, "ln_graph")
+    ln_graph = {n: x for n, x in state.items() if n.startswith("ln_graph.")}
+    load_published(model, state, **ln_graph)
     nodes = record["node_mask"].sum(1)
     queries = model.queries(GraphFeatures(torch.zeros(0, 48), torch.zeros(9).long()), {})
     hidden = model.Qformer(*queries, record["node"][record["node_mask"]], cut(nodes)).queries
@@ -449,7 +441,7 @@ def test_static_equals_the_published_numbers_qformer_molca_q8():
 def published_edt() -> EDTFormer:
     sizes = {"encoder_width": 64, "text_positions": 224, "num_queries": 32}
     model = EDTFormer({**BERT, **sizes, **BOTH}).eval()
-    load_published(model, oracle("edt_encoder_state"), "ln_graph.unimol")
+    load_published(model, oracle("edt_encoder_state"))
     return model
 
 

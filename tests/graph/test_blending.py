@@ -10,6 +10,7 @@ import torch
 
 from edt_former.chem import read_molecules
 from edt_former.graph import Blended, GraphBatch, GraphFeatures, make_encoder
+from edt_former.released import read_tree
 
 REDUCED = {
     "name": "blended",
@@ -57,10 +58,7 @@ def small(**options: object) -> Blended:
 
 def published_encoder(state: dict[str, torch.Tensor], **options: object) -> Blended:
     model = make_encoder({**REDUCED, **options})
-    unused = "graph_encoder.moleculestm.graph_pred_linear."
-    model.load_state_dict(
-        {k: v for k, v in state.items() if k.startswith(PREFIXES) and not k.startswith(unused)}
-    )
+    model.load_state_dict(read_tree(state).parts["graph_encoder"])
     return model.eval()
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from edt_former.chem import read_molecules
 from edt_former.graph import GraphBatch, UniMol, make_encoder
 from edt_former.graph.unimol import HIDDEN, SYMBOLS
+from edt_former.released import read_tree
 
 REDUCED = {"name": "unimol", "layers": 4, "width": 64, "heads": 8, "ffn": 128}
 SMALL = {"layers": 3, "width": 16, "heads": 2, "ffn": 32}
@@ -39,10 +40,7 @@ def small(**options: object) -> UniMol:
 
 def published_encoder(state: dict[str, torch.Tensor], **options: object) -> UniMol:
     model = make_encoder({**REDUCED, "special_tokens": True, "hydrogens": False, **options})
-    prefix = "graph_encoder.unimol."
-    model.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    )
+    model.load_state_dict(read_tree(state, view="3d").parts["graph_encoder"])
     return model.eval()
 
 

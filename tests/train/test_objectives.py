@@ -12,6 +12,7 @@ from edt_former.chem import read_as_written
 from edt_former.connectors import EDTFormer, QFormer
 from edt_former.connectors.qformer import Rows
 from edt_former.graph import GraphBatch, GraphFeatures, PretrainGNN
+from edt_former.released import read_tree
 from edt_former.tokens import pack_patches
 from edt_former.train.objectives import (
     Negatives,
@@ -199,14 +200,11 @@ BERT = {"width": 96, "layers": 4, "heads": 4, "ffn": 192, "llm_width": None, "te
 def published_task(state, connector, **options) -> RepresentationLearning:
     """The task with published weights; the encoders' and derived entries have no place in it."""
     model = RepresentationLearning(connector, embed_dim=32, begin_id=90, **options).eval()
-    mine = model.state_dict()
-    found = {}
-    for name, value in state.items():
-        for own in (f"connector.{name}", name, name.removeprefix("Qformer.")):
-            if own in mine and mine[own].shape == value.shape:
-                found[own] = value
-    assert set(mine) - set(found) <= {"connector.ln_graph.weight", "connector.ln_graph.bias"}
-    model.load_state_dict(found, strict=False)
+    parts = read_tree(state).parts
+    found = {f"connector.{name}": value for name, value in parts["connector"].items()}
+    left = model.load_state_dict(found | parts["heads"], strict=False)
+    assert set(left.missing_keys) <= {"connector.ln_graph.weight", "connector.ln_graph.bias"}
+    assert left.unexpected_keys == []
     return model
 
 
