@@ -339,6 +339,8 @@ def test_static_losses_equal_the_published_ones_qformer_molca_q8():
     sizes = {"encoder_width": 48, "num_queries": 8, "text_positions": 128}
     connector = QFormer({**BERT, **sizes, "cross_attention_freq": 2})
     model = published_task(state, connector)
+    norm = {name: state[f"ln_graph.{name}"] for name in ("weight", "bias")}
+    connector.ln_graph.load_state_dict(norm)
     encoder = PretrainGNN("gin", layers=3, width=48, self_loop=0).eval()
     encoder.load_state_dict({k: state[f"graph_encoder.{k}"] for k in encoder.state_dict()})
     molecules = [read_as_written(smiles) for smiles in MOLCA]
