@@ -82,7 +82,7 @@ def answer_rows(
                     smiles,
                     atoms=molecule.num_atoms,
                     tokens=tokens,
-                    patches=tokens - model.connector.config["num_queries"],
+                    patches=tokens - model.connector.num_anchors,
                     answers=answers,
                     truth={key: truth[key] for key in keys},
                 )
