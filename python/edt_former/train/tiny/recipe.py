@@ -73,8 +73,6 @@ METHOD = {
     "connectors": "trained from scratch against the same frozen parts, with the truths of the "
     "questions on training molecules, in 3D and both on those with a conformer; stage 1: a query "
     "per fact learns to write its soft token; stage 2: the language model's loss on answers alone",
-    "same molecules": "edt_former (2D) trained once more, on the molecules with a conformer alone, "
-    "to compare with edt_former_3d and edt_former_both; does not ship",
 }
 
 TEST_MOLECULES = 300
@@ -160,11 +158,6 @@ def run_recipe(
         results[name] = connectors.make(
             name, config, graph_encoder, features, frozen_name=f"graph_encoder_{view}"
         )
-    with clock("frozen features"):
-        features = read_features(placed, encoder, predictor)
-    same = connectors.make(
-        "same_molecules", configs["edt_former"], encoder, features, folder=out / "compared"
-    )
 
     data_facts = json.loads((out / "data.json").read_text())
     data_facts["conformers"] = {
@@ -187,7 +180,6 @@ def run_recipe(
         "next-atom surprise, nats": round(surprise(predictor, test), 4),
         "reading": json.loads((out / "reader" / "metrics.json").read_text())["reading"],
         "accuracy": results,
-        "same molecules": same,
         "guesses": guesses.to_json(),
     }
     write_json(out / "shipped" / "manifest.json", manifest)
@@ -265,7 +257,6 @@ class _Connectors:
         features: FeatureTable,
         *,
         frozen_name: str = "graph_encoder",
-        folder: Path | None = None,
     ) -> dict[str, dict]:
         """Train a connector, save it beside its frozen parts, ask the saved model.
 
@@ -275,7 +266,6 @@ class _Connectors:
             encoder: frozen.
             features: what it says of the training molecules.
             frozen_name: of its folder.
-            folder: of the connector's; None is where it ships.
 
         Returns:
             See `_evaluate`.
@@ -296,7 +286,7 @@ class _Connectors:
             self.language_model, encoder, connector, self.predictor, tokenizer=self.tokenizer
         )
         shipped = self.out / "shipped"
-        saved = (folder or shipped) / name
+        saved = shipped / name
         names = {"graph_encoder": frozen_name}
         model.save_pretrained(
             saved, save_frozen=True, frozen_folder=shipped, frozen_names=names, dtype=HALF
