@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, FalconH1Config, GemmaConfig, LlamaConfig
 
-from edt_former.language import content_hash, input_scale, load_part, read_weights, save_part
+from edt_former.language import (
+    content_hash,
+    frozen,
+    input_scale,
+    load_part,
+    read_weights,
+    save_part,
+)
 from edt_former.language.frozen import load_strictly, module_weights
 from edt_former.tokens import NextAtomPredictor
 
@@ -111,3 +118,10 @@ def test_a_model_that_reads_more_than_an_embedding_is_refused():
     model.forward = reads_ids
     with pytest.raises(ValueError, match="more of a token than its embedding"):
         input_scale(model)
+
+
+def test_a_hash_does_not_depend_on_how_much_is_hashed_at_a_time(monkeypatch):
+    weights = {"a": torch.randn(7, 5).T, "half": torch.randn(9).half(), "count": torch.tensor(3)}
+    expected = content_hash(weights.items())
+    monkeypatch.setattr(frozen, "HASHED_AT_A_TIME", 4)
+    assert content_hash(weights.items()) == expected

@@ -19,10 +19,10 @@ from transformers import (
 
 from edt_former.connectors import make_connector
 from edt_former.graph import make_encoder
-from edt_former.released import Heads, Options
+from edt_former.released import Options, Told
 from edt_former.train.objectives import RepresentationLearning
 
-HEADS = Heads(heads=2, blending_heads=2)
+TOLD = Told(heads=2, blending_heads=2)
 GRAPH = {
     "name": "blended",
     "flat": {"name": "gin", "layers": 2, "width": 12},
@@ -178,7 +178,7 @@ def gpt2(tmp_path) -> Path:
 
 @pytest.fixture
 def options() -> Options:
-    return Options(HEADS)
+    return Options(TOLD)
 
 
 def shared(*path: str) -> Path:

@@ -15,7 +15,7 @@ from edt_former.graph import make_encoder
 from edt_former.language import load_part
 from edt_former.model import MoleculeLM
 from edt_former.processor import as_molecule
-from edt_former.released import Heads, Options, to_ours, to_released
+from edt_former.released import Options, Told, to_ours, to_released
 from edt_former.tokens import NextAtomPredictor, pack_patches
 from edt_former.train.objectives import RepresentationLearning
 from edt_former.weights import open_weights
@@ -157,7 +157,7 @@ class TestRefusals:
         tree = {n: x for n, x in stage1.items() if n not in gone}
         tree["encoder.local_q_proj.bias"] = torch.ones(17)
         tree |= {"encoder.Qformer.bert.pooler.weight": torch.ones(1), "extra": torch.ones(2)}
-        message = self.refused(save, replace(options, told=Heads(2, 2)), tree)
+        message = self.refused(save, replace(options, told=Told(2, 2)), tree)
         for name in gone:
             assert name in message.partition("unexpected:")[0]
         unexpected = message.partition("unexpected:")[2].partition("of another shape:")[0]
@@ -183,7 +183,7 @@ class TestRefusals:
         assert "heads of the first stage and no text branch" in self.refused(save, options, tree)
 
     def test_heads_that_do_not_divide_the_width(self, save, options, stage1):
-        message = self.refused(save, replace(options, told=Heads(3, 2)), stage1)
+        message = self.refused(save, replace(options, told=Told(3, 2)), stage1)
         assert message == "width must be a multiple of heads 3, got 16"
 
     def test_what_is_allowed(self, converted, tmp_path, stage1):
@@ -297,9 +297,21 @@ class TestWholeModel:
         with pytest.raises(ValueError, match=message):
             to_ours(save(tree), replace(options, **{name: places[name] for name in given}))
 
-    def test_a_language_model_for_an_encoder(self, save, options, stage1, tmp_path):
-        with pytest.raises(ValueError, match="--language-model has no use"):
-            to_ours(save(stage1), replace(options, language_model=tmp_path))
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+    def test_what_the_language_models_folder_must_hold(
+        self, make_stage2, save, gpt2, options, name
+    ):
+        tree, llm = make_stage2()
+        (llm / name).unlink()
+        with pytest.raises(ValueError, match=f"--language-model must be a folder with {name}"):
+            to_ours(save(tree), replace(options, language_model=llm, predictor=gpt2))
+
+    @pytest.mark.parametrize("name", ["language_model", "predictor", "lora_alpha"])
+    def test_options_of_a_whole_model_for_an_encoder(self, save, options, stage1, tmp_path, name):
+        given = replace(options, **{name: 1.0 if name == "lora_alpha" else tmp_path})
+        match = f"--{name.replace('_', '-')} has no use: no language model is converted"
+        with pytest.raises(ValueError, match=match):
+            to_ours(save(stage1), given)
 
     def test_a_language_model_of_another_size(self, make_stage2, save, gpt2, options):
         tree, llm = make_stage2()
@@ -334,7 +346,7 @@ def recorded_folder(recorded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recorded")
     state = without(recorded("edt_encoder_state"), "coords.")
     save_file(state, folder / "source.safetensors")
-    options = Options(Heads(heads=4, blending_heads=4))
+    options = Options(Told(heads=4, blending_heads=4))
     to_ours(folder / "source.safetensors", options).write(folder / "ours")
     return folder
 

@@ -8,7 +8,7 @@ import torch
 from edt_former.connectors import make_connector
 from edt_former.graph import make_encoder
 from edt_former.released.plan import shapes_of
-from edt_former.released.sizes import Heads, connector_config, graph_config
+from edt_former.released.sizes import Told, connector_config, graph_config
 from edt_former.released.to_ours import new_heads
 from edt_former.released.tree import (
     COPIES,
@@ -124,7 +124,7 @@ def test_the_published_shapes_are_those_of_the_modules(published_keys, stage):
         name: torch.empty(shape, device="meta")
         for name, (shape, _) in published_keys(stage).items()
     }
-    parts, told = read_tree(keys).parts, Heads()
+    parts, told = read_tree(keys).parts, Told()
     graph, connector = (
         graph_config(parts["graph_encoder"], "both", told),
         connector_config(parts["connector"], "both", told, positions=608),

@@ -136,7 +136,7 @@ def _check_places(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    from edt_former.released import Heads, Options, to_ours, to_released
+    from edt_former.released import Options, Told, to_ours, to_released
 
     with_language_model = not args.no_language_model
     if args.to == RELEASED:
@@ -145,7 +145,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         return to_released(args.source, prefix=args.prefix, language_model=with_language_model)
     sizes = {n: getattr(args, n) for n in ("heads", "blending_heads", "max_dynamic")}
     options = Options(
-        Heads(**{name: size for name, size in sizes.items() if size is not None}),
+        Told(**{name: size for name, size in sizes.items() if size is not None}),
         moleculestm=args.moleculestm,
         unimol=args.unimol,
         language_model=args.language_model,

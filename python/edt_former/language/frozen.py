@@ -15,10 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from edt_former.weights import WEIGHTS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONFIG = "config.json"
+HASHED_AT_A_TIME = 2**24
+"""Values; in float32 a large language model's table alone takes gigabytes."""
 
 
 def content_hash(tensors: Iterable[tuple[str, Tensor]], *, without: Collection[str] = ()) -> str:
@@ -41,9 +45,10 @@ def content_hash(tensors: Iterable[tuple[str, Tensor]], *, without: Collection[s
     digests = {}
     for name, tensor in tensors:
         if name not in without:
-            values = tensor.detach().float() if tensor.is_floating_point() else tensor
             digest = hashlib.sha256(f"{list(tensor.shape)}".encode())
-            digest.update(values.cpu().contiguous().numpy())
+            for part in tensor.detach().reshape(-1).split(HASHED_AT_A_TIME):
+                values = part.float() if part.is_floating_point() else part
+                digest.update(values.cpu().numpy())
             digests[name] = digest.hexdigest()
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 

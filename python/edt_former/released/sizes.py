@@ -21,7 +21,7 @@ class Shaped(Protocol):
 
 
 @dataclass(frozen=True)
-class Heads:
+class Told:
     """What shapes do not tell, with the published values.
 
     Args:
@@ -35,7 +35,7 @@ class Heads:
     max_dynamic: int = DYNAMIC_QUERIES
 
 
-def graph_config(weights: Mapping[str, Shaped], view: str, told: Heads) -> dict[str, object]:
+def graph_config(weights: Mapping[str, Shaped], view: str, told: Told) -> dict[str, object]:
     """The config of the graph encoder with these weights; see `edt_former.graph.make_encoder`.
 
     A tensor that says a size and is missing leaves it as published; a comparison of names shows
@@ -45,7 +45,7 @@ def graph_config(weights: Mapping[str, Shaped], view: str, told: Heads) -> dict[
         >>> from edt_former.graph import make_encoder
         >>> sizes = {"layers": 2, "width": 16, "heads": 2, "ffn": 32}
         >>> encoder = make_encoder({"name": "unimol", **sizes})
-        >>> found = graph_config(encoder.state_dict(), "3d", Heads())
+        >>> found = graph_config(encoder.state_dict(), "3d", Told())
         >>> [found[name] for name in sizes], found["special_tokens"]
         ([2, 16, 2, 32], True)
     """
@@ -63,7 +63,7 @@ def graph_config(weights: Mapping[str, Shaped], view: str, told: Heads) -> dict[
 
 
 def connector_config(
-    weights: Mapping[str, Shaped], view: str, told: Heads, *, positions: int | None = None
+    weights: Mapping[str, Shaped], view: str, told: Told, *, positions: int | None = None
 ) -> dict[str, object]:
     """The config of the connector with these weights; see `edt_former.connectors.make_connector`.
 
@@ -78,7 +78,7 @@ def connector_config(
         >>> sizes = {"width": 16, "layers": 2, "ffn": 32, "encoder_width": 8, "num_queries": 4}
         >>> sizes |= {"llm_width": 24, "text_vocab_size": 10, "text_positions": 20}
         >>> model = make_connector({"name": "edt_former_published", "heads": 2, **sizes})
-        >>> found = connector_config(model.state_dict(), "both", Heads(heads=2))
+        >>> found = connector_config(model.state_dict(), "both", Told(heads=2))
         >>> {name: found[name] for name in sizes} == sizes, found["cross_attention_freq"]
         (True, 1)
     """

@@ -20,11 +20,11 @@ from edt_former.connectors import make_connector
 from edt_former.graph import make_encoder
 from edt_former.language.frozen import CONFIG, content_hash, load_part, read_weights
 from edt_former.language.manifest import FrozenPart, Manifest
-from edt_former.processor import MoleculeProcessor, load_tokenizer
+from edt_former.processor import TOKENIZER_FILE, MoleculeProcessor, load_tokenizer
 from edt_former.released import lora
 from edt_former.released.plan import Comparison, Plan, compare, initial, refuse, shapes_of
 from edt_former.released.predictor import from_gpt2, is_gpt2, is_predictor
-from edt_former.released.sizes import Heads, connector_config, graph_config, has_text
+from edt_former.released.sizes import Told, connector_config, graph_config, has_text
 from edt_former.released.tree import (
     BOTH,
     CONNECTOR,
@@ -64,7 +64,7 @@ class Options:
             initialised anew, what is unexpected is left out.
     """
 
-    told: Heads = field(default_factory=Heads)
+    told: Told = field(default_factory=Told)
     moleculestm: Path | None = None
     unimol: Path | None = None
     language_model: Path | None = None
@@ -146,8 +146,8 @@ def to_ours(source: Path, options: Options, *, language_model: bool = True) -> P
     if full:
         text = _LanguageModel(source, tree, options)
         parts.append(text.part)
-    elif options.language_model is not None:
-        raise ValueError(f"--language-model has no use: {source} holds no language model")
+    else:
+        _refuse_useless(options, "no language model is converted")
     unplaced = Comparison([], tree.unexpected, [])
     refuse(
         source,
@@ -174,6 +174,12 @@ def to_ours(source: Path, options: Options, *, language_model: bool = True) -> P
     plan.files[f"{KEPT}/{WEIGHTS}"] = tree.parts[KEPT]
     plan.json[f"{KEPT}/{CONFIG}"] = tree.layout._asdict()
     return plan
+
+
+def _refuse_useless(options: Options, reason: str) -> None:
+    for name in ("language_model", "predictor", "lora_alpha"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} has no use: {reason}")
 
 
 def _place(plan: Plan, folder: str, weights: dict[str, StoredTensor], config: Any) -> None:
@@ -218,7 +224,7 @@ def _check_copies(source: Path, tree: Tree[StoredTensor]) -> None:
             )
 
 
-def _graph(tree: Tree[StoredTensor], told: Heads) -> _Part:
+def _graph(tree: Tree[StoredTensor], told: Told) -> _Part:
     weights = tree.parts[GRAPH]
     config = graph_config(weights, tree.view, told)
     with torch.device("meta"):
@@ -226,7 +232,7 @@ def _graph(tree: Tree[StoredTensor], told: Heads) -> _Part:
     return _part(tree, GRAPH, weights, make_encoder, config)
 
 
-def _connector(tree: Tree[StoredTensor], told: Heads) -> _Part:
+def _connector(tree: Tree[StoredTensor], told: Told) -> _Part:
     weights, ids = tree.parts[CONNECTOR], tree.parts[KEPT].get(POSITION_IDS)
     positions = None if ids is None else ids.shape[-1]
     config = connector_config(weights, tree.view, told, positions=positions)
@@ -275,6 +281,9 @@ class _LanguageModel:
                 f"{source} holds a language model: --language-model DIR, with its config.json and "
                 "tokenizer, is needed, or --no-language-model"
             )
+        for name in (CONFIG, TOKENIZER_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(f"--language-model must be a folder with {name}, got {folder}")
         if options.predictor is None:
             raise ValueError(
                 f"{source} is a whole model, whose patches come from entropies: --predictor PATH, "

@@ -158,14 +158,14 @@ def _view(source: Path, parts: _Parts) -> str:
         ValueError: one of the two is not of the published architecture.
     """
     connector, graph = parts.configs[CONNECTOR], parts.configs[GRAPH]
-    if connector["name"] != "edt_former_published":
+    if connector.get("name") != "edt_former_published":
         raise ValueError(
             f"the connector in {source} must be 'edt_former_published' to have a released file, "
-            f"got {connector['name']!r}"
+            f"got {connector.get('name')!r}"
         )
     view = connector["patches"]["encoder"]
     inside = (graph.get("flat", {}).get("name"), graph.get("spatial", {}).get("name"))
-    names = (graph["name"], *inside)
+    names = (graph.get("name"), *inside)
     wanted = ("blended", "gin", "unimol") if view == BOTH else ("unimol", None, None)
     if names != wanted:
         raise ValueError(
