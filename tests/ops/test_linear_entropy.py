@@ -52,12 +52,18 @@ def test_float64_agrees_with_the_kept_logits(v, shape, biased):
 @pytest.mark.parametrize("v", [2, 38, 300])
 @pytest.mark.usefixtures("poisoned")
 def test_error_is_within_twice_that_of_torch(v, dtype):
-    inputs = batch(rows=99, d=32, v=v, dtype=dtype)
-    truth = with_grads(eager, inputs, torch.float64)
-    found = zip(with_grads(linear_entropy, inputs), with_grads(eager, inputs), truth, strict=True)
-    for ours, torchs, true in found:
-        slack = torch.finfo(dtype).eps * true.abs().max()
-        assert (ours - true).abs().max() <= 2 * (torchs - true).abs().max() + slack
+    """The largest errors of eight batches: of one alone, that of two biases is a matter of luck."""
+    errors, slacks = [], []
+    for seed in range(8):
+        inputs = batch(rows=99, d=32, v=v, dtype=dtype, seed=seed)
+        truth = with_grads(eager, inputs, torch.float64)
+        found = with_grads(linear_entropy, inputs), with_grads(eager, inputs)
+        errors.append(
+            [[(x - t).abs().max() for x, t in zip(xs, truth, strict=True)] for xs in found]
+        )
+        slacks.append([torch.finfo(dtype).eps * t.abs().max() for t in truth])
+    ours, torchs = torch.tensor(errors).amax(0)
+    assert (ours <= 2 * torchs + torch.tensor(slacks).amax(0)).all()
 
 
 def test_the_reference_works_by_chunks(monkeypatch):
