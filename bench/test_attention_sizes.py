@@ -9,8 +9,8 @@ from bench.contest import OURS, Task
 from bench.test_ragged_attention import (
     exact,
     flops,
-    heads,
     nested_attention,
+    operands,
     padded_attention,
     single_molecules,
 )
@@ -24,7 +24,7 @@ ATOMS = 6144
 def test_size(contest, size, dtype):
     workload = drug_like(f"{size} atoms", ATOMS // size, size)
     q_offsets, k_offsets = workload.query_offsets, workload.atom_offsets
-    inputs = [heads(q_offsets, dtype, 1), heads(k_offsets, dtype, 2), heads(k_offsets, dtype, 3)]
+    inputs = operands(q_offsets, k_offsets, dtype)
     task = Task.of(lambda *x: exact(q_offsets, k_offsets)(*x)[0], inputs, backward=False)
     outcome = contest(
         "ragged_attention over size",

@@ -35,6 +35,11 @@ def heads(offsets: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     return rows(int(offsets[-1]), HEADS, HEAD_WIDTH, dtype=dtype, seed=seed)
 
 
+def operands(q_offsets: Tensor, k_offsets: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and values."""
+    return [heads(q_offsets, dtype, 1), heads(k_offsets, dtype, 2), heads(k_offsets, dtype, 3)]
+
+
 def exact(
     q_offsets: Tensor, k_offsets: Tensor, *, causal: bool = False, keep: Tensor | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -136,14 +141,14 @@ def static_attention(workload: Workload, dtype: torch.dtype, *, backward: bool) 
     """The static Q-Former's: 32 queries for every molecule, none of them padding."""
     k_offsets = workload.atom_offsets
     q_offsets = ANCHORS * torch.arange(len(k_offsets))
-    inputs = [heads(q_offsets, dtype, 1), heads(k_offsets, dtype, 2), heads(k_offsets, dtype, 3)]
+    inputs = operands(q_offsets, k_offsets, dtype)
     task = Task.of(lambda *x: exact(q_offsets, k_offsets)(*x)[0], inputs, backward=backward)
     return padded_attention(task, "static 32", q_offsets, k_offsets)
 
 
 def test_plain(contest, workload, dtype, backward):
     q_offsets, k_offsets = workload.query_offsets, workload.atom_offsets
-    inputs = [heads(q_offsets, dtype, 1), heads(k_offsets, dtype, 2), heads(k_offsets, dtype, 3)]
+    inputs = operands(q_offsets, k_offsets, dtype)
     task = Task.of(lambda *x: exact(q_offsets, k_offsets)(*x)[0], inputs, backward=backward)
     contest(
         "ragged_attention",
@@ -229,7 +234,7 @@ def test_bias_and_scores(contest, dtype, backward):
 def test_dropout(contest, dtype, backward):
     """torch draws other pairs to drop, so its result is checked without dropout."""
     q_offsets, k_offsets = SMALL.query_offsets, SMALL.atom_offsets
-    inputs = [heads(q_offsets, dtype, 1), heads(k_offsets, dtype, 2), heads(k_offsets, dtype, 3)]
+    inputs = operands(q_offsets, k_offsets, dtype)
     seed = torch.tensor([5])
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

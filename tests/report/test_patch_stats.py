@@ -37,6 +37,16 @@ def test_pieces_are_counted(predictor):
     assert stats.cuts["shuffled"].measures()["connected"] == 0.5
 
 
+def test_thresholds_are_in_their_unit(predictor):
+    """ln 2 nats, the entropy of an atom of OCCO's middle, are 1 bit."""
+    cuts = {"node": PatchOptions(entropy_source="node", rule="threshold", threshold=0.95)}
+    counts = [
+        patch_stats([("", "OCCO")], predictor, cuts, unit=unit).cuts["node"].counts
+        for unit in ("nats", "bits")
+    ]
+    assert counts == [[1], [3]]
+
+
 def test_no_molecule(predictor):
     with pytest.raises(ValueError, match="no valid molecule in 1 rows: unclosed ring"):
         patch_stats([("", "C1CC")], predictor)

@@ -208,7 +208,7 @@ def _stats(args: argparse.Namespace) -> int:
         cuts["as asked"] = options
     rows = molecule_rows(Path(args.molecules), None)
     bar = tqdm(rows, desc="molecules", unit="mol", disable=not sys.stderr.isatty())
-    stats = patch_stats(bar, shipped.predictor(), cuts)
+    stats = patch_stats(bar, shipped.predictor(), cuts, unit=args.unit)
     if args.json:
         print(json.dumps(stats.to_json(), indent=1))
         return 0

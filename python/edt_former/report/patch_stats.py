@@ -81,6 +81,7 @@ def patch_stats(
     predictor: NextAtomPredictor,
     cuts: Mapping[str, PatchOptions] | None = None,
     *,
+    unit: str = "nats",
     chunk: int = 256,
 ) -> PatchStats:
     """Cut the molecule of each (name, SMILES) in every way; `chunk` of them at a time.
@@ -89,6 +90,7 @@ def patch_stats(
         rows: for instance `edt_former.chem.read_file(path)`.
         predictor: gives the entropies.
         cuts: `PatchOptions` of one source each, by name; `CUTS` by default.
+        unit: of their thresholds, "nats" or "bits".
 
     Raises:
         ValueError: no row has a molecule that can be read.
@@ -108,7 +110,7 @@ def patch_stats(
         stats.reasons.update(item.reason for item in read if isinstance(item, Invalid))
         molecules = [item for item in read if isinstance(item, Molecule)]
         if molecules:
-            _add(stats, molecules, cuts, predictor)
+            _add(stats, molecules, cuts, predictor, unit)
     if stats.molecules == 0:
         reason = next(iter(stats.reasons), "there is no row")
         raise ValueError(f"no valid molecule in {sum(stats.reasons.values())} rows: {reason}")
@@ -121,21 +123,24 @@ def _add(
     molecules: list[Molecule],
     cuts: Mapping[str, PatchOptions],
     predictor: NextAtomPredictor,
+    unit: str,
 ) -> None:
     graph = GraphBatch.pack(molecules)
     stats.molecules += len(molecules)
     stats.atoms += graph.num_atoms
     molecule = owners(graph.offsets, graph.num_atoms)
-    fragments = cut_molecules("brics", molecules, graph, CUTS["brics"], predictor)
+    brics = CUTS["brics"]
+    fragments = cut_molecules("brics", molecules, graph, brics, None)
     for name, options in cuts.items():
         cut, (source,) = stats.cuts[name], options.sources
-        found = cut_molecules(source, molecules, graph, options, predictor)
+        found = fragments
+        if options != brics:
+            found = cut_molecules(source, molecules, graph, options, predictor, unit=unit)
         cut.counts += found.patch_offsets.diff().tolist()
         cut.sizes += found.atom_offsets.diff().tolist()
         apart = found.ids + found.patch_offsets[molecule]
         cut.connected += int(connected_patches(apart, graph.bond_index).sum())
         for start, stop in pairwise(graph.offsets.tolist()):
-            pair = (ids[start:stop].numpy() for ids in (found.ids, fragments.ids))
-            mine, theirs = pair
+            mine, theirs = (ids[start:stop].numpy() for ids in (found.ids, fragments.ids))
             cut.rand.append(adjusted_rand(mine, theirs))
             cut.information.append(mutual_information(mine, theirs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,14 @@ from edt_former.chem import Invalid, Molecule, read_molecule
 from edt_former.graph import GraphBatch
 from edt_former.report.drawing import draw_patches, draw_patches_png
 from edt_former.report.entropy_curve import entropy_curve
-from edt_former.tokens import NextAtomPredictor, PatchOptions, cut_by_entropy, cut_molecules
+from edt_former.tokens import (
+    NextAtomPredictor,
+    PatchOptions,
+    alter_entropy_patches,
+    cut_by_entropy,
+    cut_molecules,
+)
+from edt_kernels import find_patches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,12 +125,15 @@ def patch_molecules(
     if len(options.sources) != 1:
         raise ValueError(f"options must name one source, got {options.sources!r}")
     graph = GraphBatch.pack(list(molecules))
+    (source,) = options.sources
     with torch.no_grad():
-        entropies, _ = cut_by_entropy(graph, options, predictor, unit=unit)
-        level = replace(options, min_size=1, max_size=None, max_patches=None)
-        _, by_rule = cut_by_entropy(graph, level, predictor, unit=unit)
-        (source,) = options.sources
-        cut = cut_molecules(source, molecules, graph, options, predictor, unit=unit)
+        entropies, patches = cut_by_entropy(graph, options, predictor, unit=unit)
+        if source == "entropy":
+            cut = alter_entropy_patches(entropies, patches, molecules, graph, options)
+        else:
+            cut = cut_molecules(source, molecules, graph, options, None)
+    level = {name: getattr(options, name) for name in ("rule", "q", "threshold")}
+    by_rule = find_patches(entropies, graph.offsets, **level)
 
     result, altered = [], options.control is not None or options.connected
     for index, (start, stop) in enumerate(pairwise(graph.offsets.tolist())):
@@ -135,7 +145,7 @@ def patch_molecules(
             opened_by = _opened_by(ids, by_rule.ids[start:stop].tolist(), options.rule)
             # Peaks have no threshold, and that of "monotonic" is one of differences.
             if options.rule in ("threshold", *AFTER):
-                threshold = float(by_rule.threshold[index])
+                threshold = float(patches.threshold[index])
         of_atoms, after = entropies[start:stop].tolist(), options.rule == "published"
         result.append(PatchedMolecule(molecule, ids, of_atoms, opened_by, threshold, unit, after))
     return result

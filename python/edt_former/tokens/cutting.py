@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,21 +57,31 @@ def cut_molecules(
         tensor([0, 1, 1, 1, 0])
     """
     if source == "entropy":
-        entropies, patches = cut_by_entropy(graph, options, predictor, unit=unit)
-        if not _altered(options):
-            return patches.trim()
-        ids = patches.ids.cpu()
-        if options.tokens is not None:
-            ids = _finer(ids, entropies.cpu(), graph.offsets, options.tokens)
-    else:
-        ids = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *map(_fragments, molecules)]))
-    if options.control is not None:
-        ids = _controls(ids, molecules, graph.offsets, options)
-    if options.connected:
-        molecule = owners(graph.offsets, graph.num_atoms)
-        apart = ids.to(molecule) + molecule * max(graph.num_atoms, 1)
-        ids = split_components(apart, graph.bond_index)
-    return pack_patches(ids.cpu().split(graph.offsets.diff().tolist()))
+        found = cut_by_entropy(graph, options, predictor, unit=unit)
+        return alter_entropy_patches(*found, molecules, graph, options)
+    ids = _joined(map(_fragments, molecules))
+    return _altered(ids, molecules, graph, options)
+
+
+def alter_entropy_patches(
+    entropies: Tensor,
+    patches: Patches,
+    molecules: Sequence[Molecule],
+    graph: GraphBatch,
+    options: PatchOptions,
+) -> Patches:
+    """What `cut_by_entropy` found, altered as `options` ask; exactly as many as there are."""
+    if options.tokens is None and options.control is None and not options.connected:
+        return patches.trim()
+    ids = patches.ids.cpu()
+    if options.tokens is not None:
+        ids = _joined(
+            finer_patches(*pair, options.tokens)
+            for pair in zip(
+                _split(ids, graph.offsets), _split(entropies.cpu(), graph.offsets), strict=True
+            )
+        )
+    return _altered(ids, molecules, graph, options)
 
 
 def cut_by_entropy(
@@ -93,32 +102,31 @@ def cut_by_entropy(
     return values, find_patches(values, graph.offsets, **options.cutting())
 
 
-def _altered(options: PatchOptions) -> bool:
-    return options.tokens is not None or options.control is not None or options.connected
-
-
-def _finer(ids: Tensor, entropies: Tensor, offsets: Tensor, total: int) -> Tensor:
-    cut = [
-        finer_patches(ids[start:stop].numpy(), entropies[start:stop].numpy(), total)
-        for start, stop in pairwise(offsets.tolist())
-    ]
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *cut]))
-
-
-def _controls(
-    ids: Tensor, molecules: Sequence[Molecule], offsets: Tensor, options: PatchOptions
-) -> Tensor:
-    spans = pairwise(offsets.tolist())
-    drawn = [
-        control_patches(
-            ids[start:stop].numpy(),
-            options.control,
-            seed=options.control_seed,
-            molecule=_identity(molecule),
+def _altered(
+    ids: Tensor, molecules: Sequence[Molecule], graph: GraphBatch, options: PatchOptions
+) -> Patches:
+    """The patches of `ids`, after control and cut into connected pieces where that is asked."""
+    if options.control is not None:
+        ids = _joined(
+            control_patches(
+                own, options.control, seed=options.control_seed, molecule=_identity(molecule)
+            )
+            for own, molecule in zip(_split(ids, graph.offsets), molecules, strict=True)
         )
-        for molecule, (start, stop) in zip(molecules, spans, strict=True)
-    ]
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *drawn]))
+    if options.connected:
+        molecule = owners(graph.offsets, graph.num_atoms)
+        apart = ids.to(molecule) + molecule * max(graph.num_atoms, 1)
+        ids = split_components(apart, graph.bond_index)
+    return pack_patches(ids.cpu().split(graph.offsets.diff().tolist()))
+
+
+def _split(values: Tensor, offsets: Tensor) -> list[np.ndarray]:
+    """The entries of every molecule."""
+    return [part.numpy() for part in values.split(offsets.diff().tolist())]
+
+
+def _joined(ids: Iterable[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *ids]))
 
 
 def _identity(molecule: Molecule) -> bytes:

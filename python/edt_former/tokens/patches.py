@@ -15,7 +15,6 @@ from edt_kernels import Patches, find_patches, offsets_from_lengths
 SOURCES = ("brics", "entropy")
 """Where patches come from, in the order in which their queries stand."""
 
-
 ENTROPY_SOURCES = ("next_atom", "surprisal", "node")
 CUTTING = ("rule", "q", "threshold", "min_size", "max_size", "max_patches")
 
