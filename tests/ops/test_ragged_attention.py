@@ -217,7 +217,9 @@ def test_strided_views_are_read_in_place():
         [offsets, offsets],
     )
     for found in ([out, lse, *grad.unbind(2)], [*transposed[:2], *(x.mT for x in transposed[2:])]):
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        # torch's own products round by layout; the kernels do not.
+        close = {"rtol": 0, "atol": 0} if NATIVE else {}
+        torch.testing.assert_close(list(found), list(expected), **close)
 
 
 def molecule(tensors, offsets, m):
