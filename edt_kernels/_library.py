@@ -1,11 +1,15 @@
 """The operator library `edt`: one place that knows how an op is registered and differentiated.
 
-An op is a schema, a fake (shapes only), a reference in plain torch that serves every device, and,
-where native code is loaded, a kernel that the dispatcher prefers.
+An op is a schema, a fake (shapes only), a reference in plain torch that serves every device, and
+kernels that the dispatcher prefers: native code on the CPU where it is loaded, Triton on NVIDIA GPUs
+where it is installed.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,22 +21,41 @@ _LIBRARY = torch.library.Library("edt", "DEF")
 NAMES: list[str] = []  # of every op defined, in order
 
 
-def define(schema: str, *, reference: Callable, fake: Callable) -> torch._ops.OpOverload:
+def define(
+    schema: str, *, reference: Callable, fake: Callable, triton: str | None = None
+) -> torch._ops.OpOverload:
     """Define `edt::NAME(...)` and return it, bound.
 
     Args:
         schema: `"name(Tensor x) -> Tensor"`. Fixed arity: ops always return all they compute.
         reference: plain torch, registered for every device.
         fake: the same signature, returns empty outputs of the right shapes and dtypes.
+        triton: `"module:function"` below `edt_kernels.triton`, the same signature, for CUDA tensors.
+            Imported by the first call.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if triton is not None and _has_triton():
+        _LIBRARY.impl(name, _imported_at_first_call(*triton.split(":")), "CUDA")
     # Gradients live in the autograd.Function of the public function: the raw op has none.
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"edt::{name}", fake, lib=_LIBRARY)
     NAMES.append(name)
     return getattr(torch.ops.edt, name).default
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _imported_at_first_call(module: str, function: str) -> Callable:
+    @functools.cache
+    def launcher() -> Callable:
+        return getattr(importlib.import_module(f"edt_kernels.triton.{module}"), function)
+
+    return lambda *args: launcher()(*args)
 
 
 def kernel_checks(x: object) -> bool:
