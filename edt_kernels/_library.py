@@ -1,8 +1,8 @@
 """The operator library `edt`: one place that knows how an op is registered and differentiated.
 
 An op is a schema, a fake (shapes only), a reference in plain torch that serves every device, and
-kernels that the dispatcher prefers: native code on the CPU where it is loaded, Triton on NVIDIA GPUs
-where it is installed.
+kernels that the dispatcher prefers: native code on the CPU where it is loaded, Triton on NVIDIA
+GPUs where it is installed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def define(
         schema: `"name(Tensor x) -> Tensor"`. Fixed arity: ops always return all they compute.
         reference: plain torch, registered for every device.
         fake: the same signature, returns empty outputs of the right shapes and dtypes.
-        triton: `"module:function"` below `edt_kernels.triton`, the same signature, for CUDA tensors.
-            Imported by the first call.
+        triton: `"module:function"` below `edt_kernels.triton`, the same signature, serves CUDA
+            tensors; imported by the first call.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
