@@ -302,7 +302,7 @@ void softmax_backward(const Block& b, int64_t all_rows, float* s, const float* d
 // The heads of a call go through each step together: what one head has just stored, another one
 // need not wait for.
 void forward(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
-             void* memory) {
+             void* memory, AttentionAhead& ahead) {
   const Sizes n(x, m, heads);
   const Scratch scratch(memory, x, m, n, false);
   const int64_t group = x.heads / x.kv_heads, first_head = heads.begin * group;
@@ -331,7 +331,7 @@ void forward(const Attention& x, const AttentionMolecule& m, const AttentionHead
 }
 
 void backward(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
-              void* memory) {
+              void* memory, AttentionAhead& ahead) {
   const Sizes n(x, m, heads);
   const Scratch scratch(memory, x, m, n, true);
   const int64_t group = x.heads / x.kv_heads, first_head = heads.begin * group;

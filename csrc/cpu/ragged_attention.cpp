@@ -17,7 +17,6 @@ namespace edt {
 namespace {
 
 constexpr int64_t kGrain = 1 << 18;       // multiply-adds that are worth a thread
-constexpr int64_t kPrefetch = 512 << 10;  // bytes of one operand that the L2 cache holds for sure
 
 // Only the last dimension must be contiguous: heads of a packed projection are read in place.
 Tensor readable(const Tensor& x) {
@@ -86,21 +85,23 @@ class Batch {
            int64_t element, std::initializer_list<AttentionRows> q_operands) const {
     torch::stable::parallel_for(0, start_.back(), kGrain, [&](int64_t begin, int64_t end) {
       if (kernels.begin_thread) kernels.begin_thread();
-      auto next = std::upper_bound(start_.begin(), start_.end(), begin) - start_.begin() - 1;
-      for (size_t i = next; i + 1 < q_.size() && start_[i] < end; ++i) {
-        const AttentionMolecule m = molecule(i);
-        const int64_t step = (start_[i + 1] - start_[i]) / tasks_;
-        for (const auto& rows : q_operands)
-          prefetch(rows, m.q_begin, m.queries, x.heads * x.dim * element, element);
-        for (const auto& rows : {x.k, x.v})
-          prefetch(rows, m.k_begin, m.keys, x.kv_heads * x.dim * element, element);
-        for (int64_t task = 0; task < tasks_; ++task) {
-          const int64_t at = start_[i] + task * step;
-          if (at < begin || at >= end) continue;
-          const int64_t first = task * heads_per_task_;
-          const AttentionHeads heads{first, std::min(first + heads_per_task_, kv_heads_)};
-          kernel(x, m, heads, thread_scratch(kernels.scratch_bytes(x, m, heads)));
-        }
+      const auto ahead = [&](const AttentionMolecule& m, const AttentionHeads& heads) {
+        return rows_ahead(x, m, heads, element, q_operands);
+      };
+      Task task = task_at(begin);
+      if (start_of(task) < end) {
+        AttentionAhead first = ahead(molecule(task.molecule), heads_of(task));
+        first.fetch(INT64_MAX);
+      }
+      while (start_of(task) < end) {
+        const Task next = after(task);
+        AttentionAhead rows{};
+        const AttentionMolecule m = molecule(task.molecule);
+        const AttentionHeads heads = heads_of(task);
+        if (start_of(next) < end) rows = ahead(molecule(next.molecule), heads_of(next));
+        kernel(x, m, heads, thread_scratch(kernels.scratch_bytes(x, m, heads)), rows);
+        rows.fetch(INT64_MAX);
+        task = next;
       }
       if (kernels.end_thread) kernels.end_thread();
     });
@@ -111,14 +112,50 @@ class Batch {
     return {static_cast<int64_t>(i), q_[i], q_[i + 1] - q_[i], k_[i], k_[i + 1] - k_[i], pairs_[i]};
   }
 
-  // A head's rows are islands that the hardware prefetcher does not see coming.
-  static void prefetch(const AttentionRows& rows, int64_t begin, int64_t count, int64_t bytes,
-                       int64_t element) {
-    if (count * bytes > kPrefetch) return;
-    for (int64_t i = begin; i < begin + count; ++i) {
-      const char* row = static_cast<const char*>(rows.data) + i * rows.row * element;
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-    }
+  struct Task {
+    size_t molecule;
+    int64_t number;
+  };
+
+  // The first that starts at `place` of the axis of work or after it.
+  Task task_at(int64_t place) const {
+    const auto found = std::upper_bound(start_.begin(), start_.end() - 1, place) - start_.begin() - 1;
+    Task task{static_cast<size_t>(found), 0};
+    while (start_of(task) < place) task = after(task);
+    return task;
+  }
+
+  Task after(Task task) const {
+    return task.number + 1 < tasks_ ? Task{task.molecule, task.number + 1}
+                                    : Task{task.molecule + 1, 0};
+  }
+
+  int64_t start_of(Task task) const {
+    if (task.molecule + 1 >= start_.size()) return INT64_MAX;
+    const int64_t begin = start_[task.molecule], end = start_[task.molecule + 1];
+    return begin + (end - begin) / tasks_ * task.number;
+  }
+
+  AttentionHeads heads_of(Task task) const {
+    const int64_t first = task.number * heads_per_task_;
+    return {first, std::min(first + heads_per_task_, kv_heads_)};
+  }
+
+  static AttentionAhead rows_ahead(const Attention& x, const AttentionMolecule& m,
+                                   const AttentionHeads& heads, int64_t element,
+                                   std::initializer_list<AttentionRows> q_operands) {
+    AttentionAhead ahead;
+    const int64_t group = x.heads / x.kv_heads, kv = heads.end - heads.begin;
+    const auto add = [&](const AttentionRows& rows, int64_t begin, int64_t count, int64_t head,
+                         int64_t width) {
+      const char* data = static_cast<const char*>(rows.data);
+      ahead.operands[ahead.end++] = {data + (begin * rows.row + head * rows.head) * element, count,
+                                     rows.row * element, (width * x.dim * element + 63) / 64};
+    };
+    for (const auto& rows : {x.k, x.v}) add(rows, m.k_begin, m.keys, heads.begin, kv);
+    for (const auto& rows : q_operands)
+      add(rows, m.q_begin, m.queries, heads.begin * group, kv * group);
+    return ahead;
   }
 
   std::vector<int64_t> q_, k_, pairs_;  // [B + 1]
