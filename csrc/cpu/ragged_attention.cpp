@@ -16,7 +16,7 @@
 namespace edt {
 namespace {
 
-constexpr int64_t kGrain = 1 << 18;       // multiply-adds that are worth a thread
+constexpr int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
 
 // Only the last dimension must be contiguous: heads of a packed projection are read in place.
 Tensor readable(const Tensor& x) {
@@ -119,7 +119,8 @@ class Batch {
 
   // The first that starts at `place` of the axis of work or after it.
   Task task_at(int64_t place) const {
-    const auto found = std::upper_bound(start_.begin(), start_.end() - 1, place) - start_.begin() - 1;
+    const auto found =
+        std::upper_bound(start_.begin(), start_.end() - 1, place) - start_.begin() - 1;
     Task task{static_cast<size_t>(found), 0};
     while (start_of(task) < place) task = after(task);
     return task;

@@ -168,10 +168,11 @@ void softmax(const Block& b, int64_t head, Matrix<T> s, T scale) {
   }
 }
 
-// From S^T and dP^T, both overwritten: P^T = softmax(scale S^T), and scale dx^T with
+// From S^T and dP^T, both overwritten: P^T = softmax(scale S^T), and grad_scale dx^T with
 // dx = P (dP - sum(P dP) + dlse).
 template <class T>
-void softmax_backward(const Block& b, int64_t head, Matrix<T> s, Matrix<T> dp, T scale) {
+void softmax_backward(const Block& b, int64_t head, Matrix<T> s, Matrix<T> dp, T scale,
+                      T grad_scale) {
   for (int64_t c = 0; c < b.rows; c += kLanes<T>) {
     T *const p_column = s.data + c, *const dp_column = dp.data + c;
     const Vec<T> saved = gather_queries<T>(b, b.x.lse, head, c, 0);
@@ -192,7 +193,7 @@ void softmax_backward(const Block& b, int64_t head, Matrix<T> s, Matrix<T> dp, T
       const Vec<T> p = load(p_column + j * s.stride) * inverse;
       store(p_column + j * s.stride, p);
       T* const at = dp_column + j * dp.stride;
-      store(at, p * (load(at) + shift) * scale);
+      store(at, p * (load(at) + shift) * grad_scale);
     }
   }
 }
@@ -431,15 +432,17 @@ void backward(const Attention& x, const AttentionMolecule& m, const AttentionHea
       multiply<false>(plain(k), q_t, p, b.keys, padded<T>(b.rows), x.dim, ahead);
       multiply<false>(plain(kv.view(x.v, scratch.v, kv_head).matrix), grad_t, dp, b.keys,
                       padded<T>(b.rows), x.dim, ahead);
-      if (PAIRS || x.causal) finish_logits(b, p, scratch.bias ? scratch.bias + h * head_pairs : nullptr);
+      const bool finished = PAIRS || x.causal;
+      if (finished) finish_logits(b, p, scratch.bias ? scratch.bias + h * head_pairs : nullptr);
       if constexpr (PAIRS) {
         if (x.dropout.seeds) drop(b, head, dp);
-        softmax_backward(b, head, p, dp, T(1));
+        softmax_backward(b, head, p, dp, T(1), T(1));
         if (x.dropout.seeds) drop(b, head, p);
         finish_pairs(b, dp, scratch.dscores ? scratch.dscores + h * head_pairs : nullptr,
                      x.pairs.dbias ? scratch.bias + h * head_pairs : nullptr);
       } else {
-        softmax_backward(b, head, p, dp, static_cast<T>(x.scale));
+        const T scale = static_cast<T>(x.scale);
+        softmax_backward(b, head, p, dp, finished ? T(1) : scale, scale);
       }
       multiply<true>(plain(p), grad, kv.view(x.dv, scratch.dv, kv_head).matrix, b.keys, dim, b.rows,
                      ahead);
