@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -82,25 +81,19 @@ class Batch {
   // kernel(x, molecule, key heads) for all, the tasks of a molecule on one thread as far as shares
   // allow.
   void run(const AttentionKernels& kernels, AttentionKernels::Kernel kernel, const Attention& x,
-           int64_t element, std::initializer_list<AttentionRows> q_operands) const {
+           int64_t element) const {
     torch::stable::parallel_for(0, start_.back(), kGrain, [&](int64_t begin, int64_t end) {
       if (kernels.begin_thread) kernels.begin_thread();
-      const auto ahead = [&](const AttentionMolecule& m, const AttentionHeads& heads) {
-        return rows_ahead(x, m, heads, element, q_operands);
-      };
       Task task = task_at(begin);
-      if (start_of(task) < end) {
-        AttentionAhead first = ahead(molecule(task.molecule), heads_of(task));
-        first.fetch(INT64_MAX);
-      }
+      if (start_of(task) < end) rows_of_task(x, task, element).fetch(INT64_MAX);
       while (start_of(task) < end) {
         const Task next = after(task);
-        AttentionAhead rows{};
+        AttentionAhead ahead;
+        if (start_of(next) < end) ahead = rows_of_task(x, next, element);
         const AttentionMolecule m = molecule(task.molecule);
         const AttentionHeads heads = heads_of(task);
-        if (start_of(next) < end) rows = ahead(molecule(next.molecule), heads_of(next));
-        kernel(x, m, heads, thread_scratch(kernels.scratch_bytes(x, m, heads)), rows);
-        rows.fetch(INT64_MAX);
+        kernel(x, m, heads, thread_scratch(kernels.scratch_bytes(x, m, heads)), ahead);
+        ahead.fetch(INT64_MAX);
         task = next;
       }
       if (kernels.end_thread) kernels.end_thread();
@@ -142,20 +135,20 @@ class Batch {
     return {first, std::min(first + heads_per_task_, kv_heads_)};
   }
 
-  static AttentionAhead rows_ahead(const Attention& x, const AttentionMolecule& m,
-                                   const AttentionHeads& heads, int64_t element,
-                                   std::initializer_list<AttentionRows> q_operands) {
+  AttentionAhead rows_of_task(const Attention& x, Task task, int64_t element) const {
     AttentionAhead ahead;
-    const int64_t group = x.heads / x.kv_heads, kv = heads.end - heads.begin;
-    const auto add = [&](const AttentionRows& rows, int64_t begin, int64_t count, int64_t head,
-                         int64_t width) {
-      const char* data = static_cast<const char*>(rows.data);
-      ahead.operands[ahead.end++] = {data + (begin * rows.row + head * rows.head) * element, count,
-                                     rows.row * element, (width * x.dim * element + 63) / 64};
+    const AttentionMolecule m = molecule(task.molecule);
+    const AttentionHeads heads = heads_of(task);
+    const auto add = [&](const AttentionRows& rows, int64_t begin, int64_t count, int64_t group) {
+      if (!rows.data) return;
+      const int64_t first = begin * rows.row + heads.begin * group * rows.head;
+      const int64_t bytes = (heads.end - heads.begin) * group * x.dim * element;
+      ahead.operands[ahead.end++] = {static_cast<const char*>(rows.data) + first * element, count,
+                                     rows.row * element, (bytes + 63) / 64};
     };
-    for (const auto& rows : {x.k, x.v}) add(rows, m.k_begin, m.keys, heads.begin, kv);
-    for (const auto& rows : q_operands)
-      add(rows, m.q_begin, m.queries, heads.begin * group, kv * group);
+    for (const auto& rows : {x.k, x.v, x.dk, x.dv}) add(rows, m.k_begin, m.keys, 1);
+    for (const auto& rows : {x.q, x.out, x.grad, x.dq})
+      add(rows, m.q_begin, m.queries, x.heads / x.kv_heads);
     return ahead;
   }
 
@@ -232,7 +225,7 @@ std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor
 
   Attention x = describe(q, k, v, lse, causal, scale);
   x.out = rows_of(out);
-  batch.run(kernels, kernels.forward, x, q.element_size(), {x.q});
+  batch.run(kernels, kernels.forward, x, q.element_size());
   zero_tail(out, batch.queries());
   fill_lse_tail(lse, batch.queries());
   return {out, lse};
@@ -257,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_general(
   x.pairs.bias = bias ? bias->data_ptr() : nullptr;
   x.pairs.scores = return_scores ? scores.data_ptr() : nullptr;
   x.dropout = dropout_of(dropout_p, seed, batch);
-  batch.run(kernels, kernels.forward_pairs, x, q.element_size(), {x.q});
+  batch.run(kernels, kernels.forward_pairs, x, q.element_size());
   zero_tail(out, batch.queries());
   fill_lse_tail(lse, batch.queries());
   if (return_scores) zero_tail(scores, batch.pairs());
@@ -289,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
   x.grad_lse = grad_lse ? grad_lse->data_ptr() : nullptr;
   x.pairs = pairs;
   x.dropout = dropout;
-  batch.run(kernels, kernel, x, q.element_size(), {x.q, x.grad});
+  batch.run(kernels, kernel, x, q.element_size());
   zero_tail(dq, batch.queries());
   zero_tail(dk, batch.keys());
   zero_tail(dv, batch.keys());

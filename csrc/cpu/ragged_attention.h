@@ -31,8 +31,8 @@ struct AttentionDropout {
 struct Attention {
   AttentionRows q, k, v;
   void* lse;          // [Tq, H], float or double: the forward writes it, the backward reads it
-  AttentionRows out;  // forward only
-  AttentionRows grad, dq, dk, dv;  // backward only
+  AttentionRows out;  // forward only, else null
+  AttentionRows grad, dq, dk, dv;  // backward only, else null
   const void* grad_lse;            // [Tq, H] or null
   AttentionPairs pairs;
   AttentionDropout dropout;
@@ -51,22 +51,22 @@ struct AttentionHeads {
   int64_t begin, end;
 };
 
-// Rows that the next call reads, asked of memory a few at a time between the tiles of this one: a
-// head's rows are islands that the hardware does not see coming.
+// Rows that the next call reads or writes, asked of memory a few at a time between the products of
+// this one: a head's rows are islands that the hardware does not see coming.
 struct AttentionAhead {
   struct Rows {
     const char* next;
     int64_t count, stride, lines;  // rows, bytes from one to the next, cache lines of each
   };
-  Rows operands[4];
+  Rows operands[8];
   int64_t per_step = 0;
   int begin = 0, end = 0;
 
-  // Before a call: it has so many tiles.
-  void spread(int64_t tiles) {
+  // Before a call that has so many steps.
+  void spread(int64_t steps) {
     int64_t rows = 0;
     for (int i = begin; i < end; ++i) rows += operands[i].count;
-    per_step = tiles == 0 ? rows : (rows + tiles - 1) / tiles;
+    per_step = steps == 0 ? rows : (rows + steps - 1) / steps;
   }
 
   void operator()() { fetch(per_step); }

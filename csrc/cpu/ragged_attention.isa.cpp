@@ -344,7 +344,7 @@ EDT_INLINE Block block_at(const Attention& x, const AttentionMolecule& m,
                                      : seen};
 }
 
-// Tiles of the products of a call: `count` of [keys, queries] and of [queries, dim].
+// Tiles of the products of a call: `count` of [keys, queries], as many of [queries, dim].
 template <class T>
 int64_t tiles(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
               int64_t count) {
