@@ -75,13 +75,14 @@ def measure() -> Machine:
 
 def _product_rate(dtype: torch.dtype) -> float:
     """Operations a second of a product of squares: `PRODUCT_SIDE` rows or, where torch has no fast
-    product of that type and one would take minutes, as many as 0.2 s allow."""
-    for side in range(256, PRODUCT_SIDE + 1, 256):
+    product of that type and one would take minutes, as many as a tenth of a second allows."""
+    side = PRODUCT_SIDE // 16
+    while True:
         a, b = torch.randn(2, side, side, dtype=dtype)
-        seconds = _median(lambda a=a, b=b: a @ b, rounds=3)
-        if seconds > 0.2:
-            break
-    return 2 * side**3 / _median(lambda: a @ b)
+        seconds = _median(lambda a=a, b=b: a @ b, rounds=5)
+        if side == PRODUCT_SIDE or seconds > 0.1:
+            return 2 * side**3 / seconds
+        side *= 2
 
 
 def _median(step: Callable[[], object], rounds: int = 9) -> float:
