@@ -21,7 +21,7 @@ import torch
 from edt_kernels import _native
 
 ROOT = Path(__file__).parents[2]
-OPS = ("ragged_attention", "ragged_attention_bwd")
+OPS = ("entropy_patches", "ragged_attention", "ragged_attention_bwd")
 KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
 
