@@ -1,8 +1,8 @@
 """The operator library `edt`: one place that knows how an op is registered and differentiated.
 
 An op is a schema, a fake (shapes only), a reference in plain torch that serves every device, and
-kernels that the dispatcher prefers: native code on the CPU where it is loaded, Triton on NVIDIA
-GPUs where it is installed.
+kernels that the dispatcher prefers: native code on the CPU where it is loaded; on NVIDIA GPUs
+Triton where it is installed, or CUDA C++ where EDT_CUDA_NATIVE=1 asks for it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def define(
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    if triton is not None and _has_triton():
+    in_cuda = _native.cuda_asked and name in _native.CUDA_OPS
+    if triton is not None and _has_triton() and not in_cuda:
         _LIBRARY.impl(name, _imported_at_first_call(*triton.split(":")), "CUDA")
     # Gradients live in the autograd.Function of the public function: the raw op has none.
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
