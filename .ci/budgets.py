@@ -23,7 +23,8 @@ KERNEL = re.compile(
 )
 
 
-def main(output: str) -> None:
+def check(output: str) -> None:
+    """Prints a line per kernel; SystemExit where a budget is exceeded or a kernel is missing."""
     missing = {(kernel, arch) for kernel in REGISTERS for arch in ARCHITECTURES}
     problems = []
     for found in KERNEL.finditer(output):
@@ -45,4 +46,4 @@ def main(output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).read_text())
+    check(Path(sys.argv[1]).read_text())

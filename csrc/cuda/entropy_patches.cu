@@ -1,5 +1,3 @@
-#include "entropy_patches.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -7,6 +5,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "entropy_patches.cuh"
 #include "stream.h"
 #include "tensor.h"
 

@@ -1,5 +1,7 @@
-// Entropies of next-atom distributions, and the molecules that they cut into patches, in three steps:
-//   rows     H = ln S - T / S with S = sum e^(x-m), T = sum e^(x-m) (x-m), m the maximum; some lanes
+// Entropies of next-atom distributions, and the molecules that they cut into patches, in three
+// steps:
+//   rows     H = ln S - T / S with S = sum e^(x-m), T = sum e^(x-m) (x-m), m the maximum; some
+//   lanes
 //            of a warp to a row
 //   cut      a warp to a molecule: which atoms open a patch, and the patch of every atom
 //   number   where patches begin in the batch
@@ -32,7 +34,7 @@ struct EntropyPatches {
   int64_t molecules, vocabulary, capacity;
   W scale;
   Cut cut;
-  W *h, *top, *log_total, *threshold;                     // [N], [N], [N], [B]
+  W *h, *top, *log_total, *threshold;                   // [N], [N], [N], [B]
   int64_t *ids, *atom_offsets, *patch_offsets, *count;  // [N], [capacity + 1], [B + 1], []
 };
 
@@ -47,7 +49,8 @@ constexpr int64_t kFewNumbers = 128;
 template <int LANES, class W, class F>
 __device__ W reduce(W x, F f) {
 #pragma unroll
-  for (int other = LANES / 2; other > 0; other /= 2) x = f(x, __shfl_xor_sync(kWholeWarp, x, other));
+  for (int other = LANES / 2; other > 0; other /= 2)
+    x = f(x, __shfl_xor_sync(kWholeWarp, x, other));
   return x;
 }
 
@@ -136,7 +139,8 @@ struct Molecule {
   __device__ W quantile(W q) const {
     if (atoms == 0) return NAN;
     const W rank = q * static_cast<W>(atoms - 1);
-    const int below = static_cast<int>(rank), above = rank > static_cast<W>(below) ? below + 1 : below;
+    const int below = static_cast<int>(rank),
+              above = rank > static_cast<W>(below) ? below + 1 : below;
     W low = 0, high = 0;
     for (int first = 0; first < atoms; first += kLanes) {
       const int i = first + lane;
@@ -313,7 +317,7 @@ __device__ void number_patches(const EntropyPatches<W>& x, int64_t begin, int64_
   }
 }
 
-constexpr int kCutThreads = 256;     // 32 rows of few numbers at a time: most molecules at once
+constexpr int kCutThreads = 256;  // 32 rows of few numbers at a time: most molecules at once
 constexpr int kNumberThreads = 256;
 constexpr int kSmallThreads = 1024;
 

@@ -67,9 +67,9 @@ __device__ inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Loads N = 2 or 4 matrices [8, 8] of 16-bit numbers from shared memory: lane 8 i + r names row r of
-// matrix i (of two, lanes from 16 on are not asked), and gets its numbers [lane / 4][t, t+1],
-// t = 2 (lane % 4), of each; TRANSPOSED [t, t+1][lane / 4].
+// Loads N = 2 or 4 matrices [8, 8] of 16-bit numbers from shared memory: lane 8 i + r names row r
+// of matrix i (of two, lanes from 16 on are not asked), and gets its numbers [lane / 4][t, t+1], t
+// = 2 (lane % 4), of each; TRANSPOSED [t, t+1][lane / 4].
 template <bool TRANSPOSED>
 __device__ inline void load_matrices(uint32_t (&out)[4], const void* row) {
   const uint32_t at = shared_address(row);

@@ -1,5 +1,3 @@
-#include "ragged_attention.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -7,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include "ragged_attention.cuh"
 #include "stream.h"
 #include "tensor.h"
 
@@ -37,9 +36,9 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   STD_TORCH_CHECK(shapes, "ragged_attention: shapes");
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == k.scalar_type() && dtype == v.scalar_type(), "ragged_attention: dtypes");
-  STD_TORCH_CHECK(q_offsets.dim() == 1 && k_offsets.dim() == 1 &&
-                      q_offsets.size(0) == k_offsets.size(0),
-                  "ragged_attention: number of molecules");
+  STD_TORCH_CHECK(
+      q_offsets.dim() == 1 && k_offsets.dim() == 1 && q_offsets.size(0) == k_offsets.size(0),
+      "ragged_attention: number of molecules");
 }
 
 // Of the backward: gradients and lse as the kernels read them.
@@ -80,8 +79,8 @@ std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor
                                             std::optional<double> scale) {
   check_inputs(q, k, v, q_offsets, k_offsets);
   if (q.scalar_type() == ScalarType::Double) {
-    const auto found = call("edt::ragged_attention_general", q, k, v, std::nullopt, std::nullopt, q_offsets,
-                            k_offsets, causal, scale, 0.0, false);
+    const auto found = call("edt::ragged_attention_general", q, k, v, std::nullopt, std::nullopt,
+                            q_offsets, k_offsets, causal, scale, 0.0, false);
     tensor(found[2]);
     return {tensor(found[0]), tensor(found[1])};
   }
@@ -107,8 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(Tensor grad, std::option
                                                         bool causal, std::optional<double> scale) {
   check_inputs(q, k, v, q_offsets, k_offsets);
   if (q.scalar_type() == ScalarType::Double) {
-    const auto found = call("edt::ragged_attention_general_bwd", grad, grad_lse, std::nullopt, q, k, v,
-                            std::nullopt, std::nullopt, lse, q_offsets, k_offsets, causal, scale, 0.0);
+    const auto found =
+        call("edt::ragged_attention_general_bwd", grad, grad_lse, std::nullopt, q, k, v,
+             std::nullopt, std::nullopt, lse, q_offsets, k_offsets, causal, scale, 0.0);
     tensor(found[3]);
     return {tensor(found[0]), tensor(found[1]), tensor(found[2])};
   }

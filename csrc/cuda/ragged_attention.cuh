@@ -194,7 +194,8 @@ struct Block {
   // Rows and columns beyond, up to a multiple of 16, are 0.
   __device__ bool fetch(Tile<T>& tile, const AttentionRows& from, int64_t first, int rows, int head,
                         int column) const {
-    const T* source = static_cast<const T*>(from.data) + first * from.row + head * from.head + column;
+    const T* source =
+        static_cast<const T*>(from.data) + first * from.row + head * from.head + column;
     const int columns = width(column), size = rows * (kWidth + 1) + columns;
     if (tile.holds == source && tile.held == size) return false;
     __syncthreads();  // all have read what it held
@@ -495,8 +496,7 @@ struct Backward {
 
   // dQ of the warp's queries += what a tile of keys gives.
   __device__ void add_to_queries(Products& dq, int column, int queries, int keys) const {
-    if (b.has_rows(queries))
-      multiply<false, false>(dq, b.own(dx), k.data, b.width(column), keys);
+    if (b.has_rows(queries)) multiply<false, false>(dq, b.own(dx), k.data, b.width(column), keys);
   }
 
   __device__ void write_queries(const Products& dq, int head, int first, int column) {

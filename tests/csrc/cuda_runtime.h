@@ -9,13 +9,12 @@
 
 #include <math.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <tuple>
-
-#include <algorithm>
 
 #define __global__
 #define __device__
@@ -105,9 +104,11 @@ T __shfl_sync(unsigned, T value, int source) {
     T value;
     int source;
   };
-  return emulated::exchange(Record{value, source}, [](int, Record& mine, const Record* all) {
-           mine.value = all[mine.source % emulated::kLanes].value;
-         }).value;
+  return emulated::exchange(Record{value, source},
+                            [](int, Record& mine, const Record* all) {
+                              mine.value = all[mine.source % emulated::kLanes].value;
+                            })
+      .value;
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
@@ -123,10 +124,12 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
     bool vote;
     unsigned votes;
   };
-  return emulated::exchange(Record{vote, 0}, [](int, Record& mine, const Record* all) {
-           for (int lane = 0; lane < emulated::kLanes; ++lane)
-             mine.votes |= unsigned{all[lane].vote} << lane;
-         }).votes;
+  return emulated::exchange(Record{vote, 0},
+                            [](int, Record& mine, const Record* all) {
+                              for (int lane = 0; lane < emulated::kLanes; ++lane)
+                                mine.votes |= unsigned{all[lane].vote} << lane;
+                            })
+      .votes;
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -154,7 +154,8 @@ unsigned char* shared_memory() { return shared->data(); }
 void copy_later(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     fail("an asynchronous copy of 16 bytes is not aligned to them");
-  if (bytes < 0 || bytes > 16) fail("an asynchronous copy of 16 bytes has " + std::to_string(bytes));
+  if (bytes < 0 || bytes > 16)
+    fail("an asynchronous copy of 16 bytes has " + std::to_string(bytes));
   block->threads[block->running].copies.push_back({to, from, bytes});
 }
 
@@ -200,6 +201,11 @@ extern "C" {
 // Which thread runs next is drawn from here.
 __attribute__((visibility("default"))) void edt_emulated_order(uint32_t seed) {
   emulated::chance.seed(seed);
+}
+
+// Why the last launch failed.
+__attribute__((visibility("default"))) const char* edt_emulated_failure() {
+  return emulated::failure.c_str();
 }
 
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ from edt_kernels import _native
 
 ROOT = Path(__file__).parents[2]
 OPS = ("entropy_patches", "ragged_attention", "ragged_attention_bwd")
+BUILT = "EDT_EMULATED"  # environment variable: the library, where it is built already
 KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
 
@@ -33,7 +35,9 @@ def build(folder: Path) -> Path:
     """The library of all kernels and launchers."""
     target = folder / "emulated.so"
     torch_folder = Path(torch.__file__).parent
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests/csrc/emulated.cpp"]
+    folders = ROOT / "csrc/cuda", ROOT / "tests/csrc"
+    sources = [file for folder in folders for file in sorted(folder.glob("*.c[up]*"))]
+    sources = [file for file in sources if file.suffix in (".cu", ".cpp") and file.stem != "module"]
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wl,-Bsymbolic"]
     flags += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
     flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -74,7 +78,7 @@ _stack = contextlib.ExitStack()
 def pytest_configure() -> None:
     """As a plugin: in the place of the CPU's kernels for the whole run."""
     folder = _stack.enter_context(tempfile.TemporaryDirectory())
-    _stack.enter_context(installed(build(Path(folder))))
+    _stack.enter_context(installed(Path(os.environ.get(BUILT) or build(Path(folder)))))
 
 
 def pytest_unconfigure() -> None:

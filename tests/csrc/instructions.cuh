@@ -46,7 +46,7 @@ inline uint16_t narrow<Half>(float x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   if (std::isnan(x)) return 0x7fff;
   if (std::fabs(x) >= 65520.0f) return sign | 0x7c00;  // rounds to infinity
-  int exponent = -13;  // below it numbers are 2^-24 apart
+  int exponent = -13;                                  // below it numbers are 2^-24 apart
   if (x != 0) std::frexp(x, &exponent);
   exponent = std::max(exponent, -13);
   const auto units = static_cast<uint16_t>(std::nearbyint(std::ldexp(std::fabs(x), 11 - exponent)));
