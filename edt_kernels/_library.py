@@ -78,6 +78,20 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def distinct(*arguments: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Arguments of an `autograd.Function`, which compiled code must not give one tensor twice.
+
+    Self-attention has the same offsets for queries and keys; there the second is a view.
+    """
+    if not torch.compiler.is_compiling():
+        return arguments
+    seen: list[Tensor | None] = []
+    for x in arguments:
+        again = x is not None and any(x is other for other in seen)
+        seen.append(x.view_as(x) if again else x)
+    return tuple(seen)
+
+
 def second_order() -> bool:
     """Inside a backward: will it be differentiated again (`create_graph=True`)?
 
