@@ -46,7 +46,8 @@ class Batch:
     @classmethod
     def of(cls, workload: Workload, dtype: torch.dtype) -> Batch:
         """Random features, the same in every dtype up to its rounding."""
-        atoms = rows(int(workload.atom_offsets[-1]), ENCODER_WIDTH, dtype=dtype)
+        device = workload.atoms.device
+        atoms = rows(int(workload.atom_offsets[-1]), ENCODER_WIDTH, dtype=dtype, device=device)
         features = GraphFeatures(atoms, workload.atom_offsets)
         return cls(features, {"entropy": workload.patches})
 

@@ -107,14 +107,15 @@ class Task:
         cls, formula: Callable[..., Outputs], inputs: Sequence[Tensor], *, backward: bool
     ) -> Task:
         """The truth is `formula` of the inputs in float64, with gradients by autograd."""
-        generator = torch.Generator().manual_seed(7)
+        device = inputs[0].device
+        generator = torch.Generator(device).manual_seed(7)
         wide = [x.detach().double().requires_grad_(backward) for x in inputs]
         outputs = formula(*wide)
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         upstream, grads = [], ()
         if backward:
             upstream = [
-                torch.randn(o.shape, generator=generator).to(inputs[0].dtype)
+                torch.randn(o.shape, generator=generator, device=device).to(inputs[0].dtype)
                 if o.is_floating_point()
                 else None
                 for o in outputs

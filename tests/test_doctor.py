@@ -169,16 +169,13 @@ class TestKernels:
 
 
 def test_who_serves_the_gpu(monkeypatch):
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: False)
-    finding = doctor._gpu_ops({"ops": {"splice": "native", "entropy": "native"}})
-    assert finding.told == "torch reference (no GPU kernel for this op): entropy, splice"
-    monkeypatch.setattr(
-        torch._C,
-        "_dispatch_has_kernel_for_dispatch_key",
-        lambda op, key: (op, key) == ("edt::splice", "CUDA"),
-    )
-    finding = doctor._gpu_ops({"ops": {"splice": "native", "entropy": "native"}})
-    assert finding.told == ("kernels: splice; torch reference (no GPU kernel for this op): entropy")
+    finding = doctor._gpu_ops({"cuda_ops": {"splice": "triton", "entropy": "reference"}})
+    assert finding.state == OK and not finding.remedy
+    assert finding.told == "Triton: splice; torch reference, no GPU kernel for this op: entropy"
+    finding = doctor._gpu_ops({"cuda_ops": {"entropy": "triton", "splice": "native, unmeasured"}})
+    assert finding.state == NOTE and "unset EDT_CUDA_NATIVE" in finding.remedy
+    assert finding.told.startswith("CUDA C++ that nobody has timed on a GPU")
+    monkeypatch.delenv("EDT_CUDA_NATIVE", raising=False)
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert ("ops on the GPU" in {f.subject for f in doctor._kernels()}) == there

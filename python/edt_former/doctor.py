@@ -193,7 +193,7 @@ def _kernels() -> Iterator[Finding]:
     info = edt_kernels.build_info()
     yield _native(info)
     yield _ops(info)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or "EDT_CUDA_NATIVE" in os.environ:
         yield _gpu_ops(info)
 
 
@@ -234,13 +234,19 @@ def _ops(info: dict) -> Finding:
 
 def _gpu_ops(info: dict) -> Finding:
     """Which ops have kernels for CUDA tensors."""
-    from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
-
-    served = [name for name in info["ops"] if has_kernel(f"edt::{name}", "CUDA")]
-    others = sorted({*info["ops"]} - {*served})
-    parts = [f"kernels: {', '.join(served)}"] if served else []
-    parts += [f"torch reference (no GPU kernel for this op): {', '.join(others)}"] if others else []
-    return Finding("ops on the GPU", OK, "; ".join(parts), data={"kernels": served})
+    ops = info["cuda_ops"]
+    why = {
+        "native, unmeasured": "CUDA C++ that nobody has timed on a GPU, chosen by EDT_CUDA_NATIVE",
+        "triton": "Triton",
+        "reference": "torch reference, no GPU kernel for this op",
+    }
+    parts = []
+    for backend, reason in why.items():
+        names = sorted(name for name in ops if ops[name] == backend)
+        parts += [f"{reason}: {', '.join(names)}"] if names else []
+    unmeasured = "native, unmeasured" in ops.values()
+    remedy = "unset EDT_CUDA_NATIVE to leave it out" if unmeasured else ""
+    return Finding("ops on the GPU", NOTE if unmeasured else OK, "; ".join(parts), remedy, ops)
 
 
 def _compiler() -> Iterator[Finding]:

@@ -35,7 +35,7 @@ from edt_former.processor import (
     places,
     read_all,
 )
-from edt_former.tokens import NextAtomPredictor, pack_patches
+from edt_former.tokens import NextAtomPredictor, cut_on_device, pack_patches
 
 if TYPE_CHECKING:
     from typing import Self
@@ -359,6 +359,44 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         coordinates = self._coordinates(read)
         graph = GraphBatch.pack(read, coordinates, features=self.config.features).to(self.device)
         return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
+
+    @torch.no_grad()
+    def embed_graph(self, graph: GraphBatch, *, longest: int | None = None) -> MoleculeTokens:
+        """The tokens of a packed batch, for molecules in bulk: nothing waits for the device.
+
+        Entropies, patches, features and tokens are computed on the model's device, and no size
+        is read back from it: batches are queued one behind the other while the host packs the
+        next, and a call can be captured in a CUDA graph. Only a graph encoder that reads
+        coordinates has to know how many pairs of atoms there are, and waits for that.
+
+        Args:
+            graph: as `GraphBatch.pack` makes it, with the features and coordinates that the graph
+                encoder reads.
+            longest: at least the most atoms of a molecule, which the host knows as it packs. It
+                says that none needs windows; without it, and where one does, a batch of more atoms
+                than the predictor's `positions` is waited for.
+
+        Returns:
+            Values [T, E] at a capacity that the numbers of atoms and molecules decide, and offsets
+            [B + 1]; rows from offsets[-1] on belong to no molecule.
+
+        Raises:
+            ValueError: the connector reads patches that are found on the host, see
+                `edt_former.tokens.cut_on_device`; `embed_molecules` finds them.
+
+        Example:
+            >>> import edt_former
+            >>> from edt_former.chem import read_molecules
+            >>> from edt_former.graph import GraphBatch
+            >>> model = edt_former.load("edt_former")
+            >>> graph = GraphBatch.pack(read_molecules(["CCO", "c1ccccc1"]))
+            >>> tokens = model.embed_graph(graph, longest=6)
+            >>> tokens.offsets, len(tokens.values)
+            (tensor([ 0, 34, 69]), 70)
+        """
+        graph = graph.to(self.device)
+        options = self.connector.patch_options
+        return self.encode(graph, cut_on_device(graph, options, self.predictor, longest=longest))
 
     def set_budget(self, **budget: int | None) -> None:
         """Fewer tokens for every molecule, so shorter prompts; saved with the model.
