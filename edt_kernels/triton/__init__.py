@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from edt_kernels.triton.launch import Configuration
 
-MODULES = ("segment_softmax",)
+MODULES = ("entropy", "segment_pool", "segment_softmax")
 
 
 def configurations(device: torch.device | str) -> Iterator[Configuration]:

@@ -33,11 +33,19 @@ TYPES = {
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel needs: registers of a thread, bytes of a program, bytes spilled."""
+    """What a compiled kernel needs, and what it leaves alone.
+
+    Attributes:
+        registers: of a thread.
+        shared: bytes of a program.
+        spills: bytes of a thread that do not fit its registers.
+        ignored: tensors that it neither reads nor writes: its code was thrown away.
+    """
 
     registers: int
     shared: int
     spills: int
+    ignored: list[str]
 
 
 def resources(launch: Launch, target: str) -> Resources:
@@ -47,7 +55,10 @@ def resources(launch: Launch, target: str) -> Resources:
     compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
     read = _of_amdgcn if target.startswith("gfx") else _of_cubin
     registers, spills = read(compiled.asm)
-    return Resources(registers, compiled.metadata.shared, spills)
+    pointers = [name for name, kind in signature.items() if kind.startswith("*")]
+    used = [len(re.findall(rf"%{name}\b", compiled.asm["ttgir"])) > 1 for name in pointers]
+    ignored = [name for name, use in zip(pointers, used, strict=True) if not use]
+    return Resources(registers, compiled.metadata.shared, spills, ignored)
 
 
 def specialised(launch: Launch) -> tuple[dict, dict, dict]:
