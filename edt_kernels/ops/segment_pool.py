@@ -98,6 +98,7 @@ _sort_ids = define(
     "sort_ids(Tensor ids, SymInt segments) -> (Tensor, Tensor)",
     reference=reference.sort_ids,
     fake=_fake_sort_ids,
+    triton="sort_ids:sort_ids",
 )
 
 

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from edt_kernels.triton.launch import Configuration
 
-MODULES = ("entropy", "segment_pool", "segment_softmax")
+MODULES = ("entropy", "ragged_cat", "segment_pool", "segment_softmax", "sort_ids")
 
 
 def configurations(device: torch.device | str) -> Iterator[Configuration]:

@@ -13,15 +13,6 @@ from edt_kernels.triton.launch import Configuration, launch
 from edt_kernels.triton.primitives import accumulator, dense, tail_programs, zero_rows
 
 @triton.jit
-def _row(place, inside, order_ptr):
-    """The row at a place of the segments' order."""
-    if order_ptr is None:
-        return place
-    else:
-        return tl.load(order_ptr + place, inside, 0)
-
-
-@triton.jit
 def _mass(begin, end, order_ptr, weight_ptr, ACC: tl.constexpr):
     """What a mean divides by: the number of rows, or the sum of their weights."""
     if weight_ptr is None:
@@ -30,7 +21,7 @@ def _mass(begin, end, order_ptr, weight_ptr, ACC: tl.constexpr):
         mass = tl.zeros((128,), ACC)
         for first in range(begin, end, 128):
             place = first + tl.arange(0, 128)
-            row = _row(place, place < end, order_ptr)
+            row = place if order_ptr is None else tl.load(order_ptr + place, place < end, 0)
             mass += tl.load(weight_ptr + row, place < end, 0.0).to(ACC)
         return tl.sum(mass, 0)
 
@@ -62,7 +53,7 @@ def _sum_kernel(
     total = tl.zeros((BLOCK_D,), ACC)
     for first in range(begin, end, BLOCK_N):
         place = first + tl.arange(0, BLOCK_N)
-        row = _row(place, place < end, order_ptr)
+        row = place if order_ptr is None else tl.load(order_ptr + place, place < end, 0)
         inside = (place < end)[:, None] & (columns < width)[None, :]
         x = tl.load(values_ptr + row[:, None] * width + columns[None, :], inside, 0.0).to(ACC)
         if weight_ptr is not None:
@@ -108,7 +99,7 @@ def _sum_bwd_kernel(
 
     for first in range(begin, end, BLOCK_N):
         place = first + tl.arange(0, BLOCK_N)
-        row = _row(place, place < end, order_ptr)
+        row = place if order_ptr is None else tl.load(order_ptr + place, place < end, 0)
         inside = (place < end)[:, None] & (columns < width)[None, :]
         dx = tl.broadcast_to(g[None, :], (BLOCK_N, BLOCK_D))
         if weight_ptr is not None:
@@ -147,7 +138,7 @@ def _weight_bwd_kernel(
 
     for first in range(begin, end, BLOCK_N):
         place = first + tl.arange(0, BLOCK_N)
-        row = _row(place, place < end, order_ptr)
+        row = place if order_ptr is None else tl.load(order_ptr + place, place < end, 0)
         along = tl.zeros((BLOCK_N,), ACC)
         for column in range(0, width, BLOCK_D):
             columns = column + tl.arange(0, BLOCK_D)
@@ -189,7 +180,7 @@ def _extreme_kernel(
     unknown = at  # the first place that holds NaN
     for first in range(begin, end, BLOCK_N):
         place = first + tl.arange(0, BLOCK_N)
-        row = _row(place, place < end, order_ptr)
+        row = place if order_ptr is None else tl.load(order_ptr + place, place < end, 0)
         inside = (place < end)[:, None] & exists[None, :]
         x = tl.load(values_ptr + row[:, None] * width + columns[None, :], inside, 0.0).to(ACC)
         x = x if LARGEST else -x
@@ -206,7 +197,8 @@ def _extreme_kernel(
 
     at = tl.where(unknown < nowhere, unknown, at)
     found = (at < nowhere) & exists
-    source = tl.where(found, _row(at, found, order_ptr), rows)
+    source = at if order_ptr is None else tl.load(order_ptr + at, found, 0)
+    source = tl.where(found, source, rows)
     value = tl.load(values_ptr + source * width + columns, found, 0.0)
     tl.store(out_ptr + segment * width + columns, value, exists)
     source = source.to(source_ptr.dtype.element_ty)
@@ -242,7 +234,7 @@ def _extreme_bwd_kernel(
     source = tl.load(source_ptr + segment * width + columns, columns < width, 0)
     for first in range(begin, end, BLOCK_N):
         place = first + tl.arange(0, BLOCK_N)
-        row = _row(place, place < end, order_ptr)
+        row = place if order_ptr is None else tl.load(order_ptr + place, place < end, 0)
         inside = (place < end)[:, None] & (columns < width)[None, :]
         dx = tl.where(row[:, None] == source[None, :], g[None, :], 0.0)
         out = out_ptr + row[:, None] * width + columns[None, :]

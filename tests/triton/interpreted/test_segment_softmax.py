@@ -33,7 +33,7 @@ def referred(values, offsets):
     return [out, reference.segment_softmax_bwd(g, out, offsets)]
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (2, 6), (33,), (129,)], ids=str)
+@pytest.mark.parametrize("shape", [(), (2, 6), (65,)], ids=str)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_values_and_gradients(shape, index):
     values, offsets = batch(shape, torch.float64)
