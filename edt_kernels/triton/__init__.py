@@ -15,7 +15,15 @@ import torch
 if TYPE_CHECKING:
     from edt_kernels.triton.launch import Configuration
 
-MODULES = ("entropy", "ragged_cat", "segment_pool", "segment_softmax", "sort_ids")
+MODULES = (
+    "entropy",
+    "insert",
+    "ragged_cat",
+    "segment_pool",
+    "segment_softmax",
+    "sort_ids",
+    "splice",
+)
 
 
 def configurations(device: torch.device | str) -> Iterator[Configuration]:

@@ -61,3 +61,23 @@ def count_at_most(sorted_ptr, count, x, steps):
         low = tl.where(counts, middle + 1, low)
         high = tl.where(searching & (counts == 0), middle, high)
     return low
+
+
+@triton.jit
+def copy_rows(
+    in_ptr,  # [.., width]
+    source,
+    found,
+    out_ptr,  # [.., width]
+    row,
+    exists,
+    width,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows `source` to rows `row` where they exist, 0 where nothing is found; each [BLOCK_N]."""
+    for column in range(0, width, BLOCK_D):
+        columns = column + tl.arange(0, BLOCK_D)
+        known = (columns < width)[None, :]
+        x = tl.load(in_ptr + source[:, None] * width + columns[None, :], found[:, None] & known, 0.0)
+        tl.store(out_ptr + row[:, None] * width + columns[None, :], x, exists[:, None] & known)
