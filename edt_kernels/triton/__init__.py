@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 MODULES = (
     "entropy",
+    "entropy_patches",
+    "find_patches",
     "insert",
+    "linear_entropy",
     "ragged_cat",
     "segment_pool",
     "segment_softmax",

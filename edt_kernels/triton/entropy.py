@@ -72,13 +72,15 @@ def slope(x, h, top, log_total, g, scale, ACC: tl.constexpr):
     return -g[:, None] * tl.exp(log_p) * rise
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "molecules"])
 def _entropy_kernel(
     logits_ptr,  # [rows, width]
+    offsets_ptr,  # [molecules + 1] or None: rows from the last on are 0
     h_ptr,  # [rows]
     top_ptr,  # [rows]
     log_total_ptr,  # [rows]
     rows,
+    molecules,
     width,
     scale: tl.float64,
     ACC: tl.constexpr,
@@ -87,12 +89,14 @@ def _entropy_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = row < rows
+    end = rows if offsets_ptr is None else tl.load(offsets_ptr + molecules)
+    counts = row < end
     h, top, log_total = entropy_of_rows(
-        logits_ptr, row, exists, width, scale, ACC, BLOCK_N, BLOCK_V
+        logits_ptr, row, counts, width, scale, ACC, BLOCK_N, BLOCK_V
     )
-    tl.store(h_ptr + row, h, exists)
-    tl.store(top_ptr + row, top, exists)
-    tl.store(log_total_ptr + row, log_total, exists)
+    tl.store(h_ptr + row, tl.where(counts, h, 0.0), exists)
+    tl.store(top_ptr + row, tl.where(counts, top, 0.0), exists)
+    tl.store(log_total_ptr + row, tl.where(counts, log_total, 0.0), exists)
 
 
 @triton.jit(do_not_specialize=["rows", "molecules"])
@@ -135,21 +139,28 @@ def tile(width: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_N": rows, "BLOCK_V": tokens, "num_warps": 8 if tokens == 4096 else 4}
 
 
-def entropy(logits: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `_entropy_kernel`."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    h, top, log_total = (logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(3))
+def entropy(
+    logits: Tensor, scale: float, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `_entropy_kernel`; with `offsets`, rows from offsets[-1] on are 0."""
+    h, top, log_total = empty_rows(logits)
     rows, width = h.numel(), logits.shape[-1]
     block = tile(width, logits.dtype)
     launch(
         _entropy_kernel,
         (triton.cdiv(rows, block["BLOCK_N"]),),
-        *(dense(logits), h, top, log_total),
-        *(rows, width, scale),
-        ACC=accumulator(dtype),
+        *(dense(logits), None if offsets is None else dense(offsets), h, top, log_total),
+        *(rows, 0 if offsets is None else offsets.shape[0] - 1, width, scale),
+        ACC=accumulator(logits.dtype),
         **block,
     )
     return h, top, log_total
+
+
+def empty_rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `entropy` returns, not written yet."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(3))
 
 
 def entropy_bwd(
@@ -188,6 +199,7 @@ def configurations(device: torch.device) -> Iterator[Configuration]:
             logits = torch.zeros(2, width, dtype=dtype, device=device)
             name = f"{dtype}-{width}".removeprefix("torch.")
             yield Configuration(name, entropy, (logits, 1.0))
+            yield Configuration(f"{name}-offsets", entropy, (logits, 1.0, offsets))
             row = torch.zeros(2, dtype=torch.promote_types(dtype, torch.float32), device=device)
             saved = (row, logits, row, row, row, 1.0)
             yield Configuration(name, entropy_bwd, (*saved, None))

@@ -146,7 +146,7 @@ def _scan(
         (rows + (1 if with_places else 0),),
         *(dense(token_offsets), dense(slots), None if new_ids is None else dense(new_ids)),
         *(sources, places, rows, length, tokens, added),
-        BLOCK_S=1024 if length <= 1024 else 4096,
+        BLOCK_S=1024 if length <= 1024 else 2048,
         num_warps=4 if length <= 1024 else 8,
     )
     return sources, places
