@@ -1,0 +1,664 @@
+"""Attention within every molecule: a program owns a molecule and a head, whatever their lengths.
+
+With x = scale q k^T + bias, P = softmax(x), M what dropout multiplies P with and dP = M (dO V^T):
+O = (M P) V, dx = P (dP - delta + dlse) + dscores, delta = rowsum(P dP), dq = scale dx K,
+dk = scale dx^T Q, dv = (M P)^T dO. The backward makes x again tile by tile. Its programs own a key
+head and sum over the query heads that share it, so nothing is added by two programs: no atomics,
+and a molecule's bits do not depend on its batch.
+
+Tiles are [BLOCK_M queries, BLOCK_N keys]; rows, columns and pairs outside a molecule are masked.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from edt_kernels.reference.entropy import accumulation_dtype
+from edt_kernels.triton.launch import launch
+from edt_kernels.triton.primitives import TAIL_PROGRAMS, accumulator, dense
+
+
+@triton.jit
+def _bounds(offsets_ptr, molecule):
+    """First row of a molecule and its number of rows."""
+    begin = tl.load(offsets_ptr + molecule).to(tl.int64)
+    return begin, (tl.load(offsets_ptr + molecule + 1).to(tl.int64) - begin).to(tl.int32)
+
+
+@triton.jit
+def _load_rows(ptr, row, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tile [len(row), BLOCK_D] of a head's [rows, D], 0 outside."""
+    column = tl.arange(0, BLOCK_D)
+    place = row.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(ptr + place, (row < rows)[:, None] & (column < D)[None, :], 0.0)
+
+
+@triton.jit
+def _store_rows(ptr, x, row, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Inverse of `_load_rows`."""
+    column = tl.arange(0, BLOCK_D)
+    place = row.to(tl.int64)[:, None] * stride + column[None, :]
+    inside = (row < rows)[:, None] & (column < D)[None, :]
+    tl.store(ptr + place, x.to(ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _fill(ptr, begin, end, value, program, programs):
+    """`value` in elements `begin` to `end` of a flat array, by `programs` programs together."""
+    for first in range(begin + program * 1024, end, programs * 1024):
+        place = first + tl.arange(0, 1024)
+        tl.store(ptr + place, tl.full((1024,), value, ptr.dtype.element_ty), place < end)
+
+
+@triton.jit
+def _pairs(row, key, queries, keys, CAUSAL: tl.constexpr):
+    """Of a tile: which pairs exist, which of them causal does not hide, and their numbers."""
+    inside = (row < queries)[:, None] & (key < keys)[None, :]
+    seen = inside
+    if CAUSAL:
+        seen = seen & (key[None, :] <= row[:, None] + keys - queries)
+    return inside, seen, row.to(tl.int64)[:, None] * keys + key[None, :]
+
+
+@triton.jit
+def _mix(x):
+    """A bijection of 32 bits in which every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE: tl.constexpr):
+    """What the dropout of a molecule and a head starts from."""
+    seed = tl.load(seed_ptr + molecule) if SEED_PER_MOLECULE else tl.load(seed_ptr)
+    bits = _mix(_mix(seed.to(tl.uint32)) + (seed >> 32).to(tl.uint32))
+    return _mix(bits + head.to(tl.uint32))
+
+
+@triton.jit
+def _dropout(bits, row, key, drop_below, keep_scale):
+    """What dropout multiplies a tile of weights with: 0, or 1 / (1 - p)."""
+    bits = _mix(bits + row.to(tl.uint32))
+    bits = _mix(bits[:, None] + key.to(tl.uint32)[None, :])
+    return tl.where(bits >= drop_below.to(tl.uint32), keep_scale, 0.0)
+
+
+@triton.jit
+def _product(a, b, ACC: tl.constexpr):
+    return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def _add_product(total, a, b, ACC: tl.constexpr):
+    return tl.dot(a, b, total, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def _logits(q, k, scale, bias_ptr, bias_place, inside, seen, ACC: tl.constexpr):
+    """x of a tile, -inf where a pair is not seen."""
+    x = _product(q, tl.trans(k), ACC) * scale
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + bias_place, inside, 0.0).to(ACC)
+    return tl.where(seen, x, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["molecules", "rows", "pairs", "drop_below"])
+def _forward_kernel(
+    q_ptr,  # [rows, HEADS, D], strides of rows and heads given
+    k_ptr,  # [Tk, HEADS / GROUP, D], likewise
+    v_ptr,
+    bias_ptr,  # [pairs, HEADS], likewise, or None
+    seed_ptr,  # [molecules] or [1], or None without dropout
+    q_offsets_ptr,  # [molecules + 1]
+    k_offsets_ptr,
+    pair_offsets_ptr,  # likewise, or None without bias and scores
+    out_ptr,  # [rows, HEADS, D]
+    lse_ptr,  # [rows, HEADS]
+    scores_ptr,  # [pairs, HEADS], or None
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    bias_row,
+    bias_head,
+    molecules,
+    rows,
+    pairs,
+    scale: tl.float64,
+    drop_below,
+    keep_scale: tl.float64,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SEED_PER_MOLECULE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program = tl.program_id(0)
+    if program >= molecules * HEADS:
+        program -= molecules * HEADS
+        programs = tl.num_programs(0) - molecules * HEADS
+        used = tl.load(q_offsets_ptr + molecules).to(tl.int64) * HEADS
+        end = rows.to(tl.int64) * HEADS
+        _fill(out_ptr, used * D, end * D, 0.0, program, programs)
+        _fill(lse_ptr, used, end, float("-inf"), program, programs)
+        if scores_ptr is not None:
+            used = tl.load(pair_offsets_ptr + molecules) * HEADS
+            _fill(scores_ptr, used, pairs.to(tl.int64) * HEADS, 0.0, program, programs)
+        return
+
+    molecule = program // HEADS
+    head = program % HEADS
+    q_begin, queries = _bounds(q_offsets_ptr, molecule)
+    k_begin, keys = _bounds(k_offsets_ptr, molecule)
+    q_ptr += q_begin * q_row + head.to(tl.int64) * q_head
+    k_ptr += k_begin * k_row + (head // GROUP).to(tl.int64) * k_head
+    v_ptr += k_begin * v_row + (head // GROUP).to(tl.int64) * v_head
+    out_ptr += (q_begin * HEADS + head) * D
+    lse_ptr += q_begin * HEADS + head
+    if pair_offsets_ptr is not None:
+        pair = tl.load(pair_offsets_ptr + molecule)
+    if bias_ptr is not None:
+        bias_ptr += pair * bias_row + head.to(tl.int64) * bias_head
+    if scores_ptr is not None:
+        scores_ptr += pair * HEADS + head
+    if seed_ptr is not None:
+        bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
+    scale = tl.cast(scale, ACC)
+    keep_scale = tl.cast(keep_scale, ACC)
+
+    for first in range(0, queries, BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        q = _load_rows(q_ptr, row, queries, q_row, D, BLOCK_D)
+        top = tl.full((BLOCK_M,), float("-inf"), ACC)
+        total = tl.zeros((BLOCK_M,), ACC)
+        out = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+        end = keys
+        if CAUSAL and scores_ptr is None:
+            end = tl.minimum(keys, first + BLOCK_M + keys - queries)
+        for first_key in range(0, end, BLOCK_N):
+            key = first_key + tl.arange(0, BLOCK_N)
+            k = _load_rows(k_ptr, key, keys, k_row, D, BLOCK_D)
+            v = _load_rows(v_ptr, key, keys, v_row, D, BLOCK_D)
+            inside, seen, place = _pairs(row, key, queries, keys, CAUSAL)
+            x = _logits(q, k, scale, bias_ptr, place * bias_row, inside, seen, ACC)
+            if scores_ptr is not None:
+                tl.store(scores_ptr + place * HEADS, x.to(scores_ptr.dtype.element_ty), inside)
+
+            higher = tl.maximum(top, tl.max(x, 1))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            shrink = tl.exp(top - shift)
+            p = tl.exp(x - shift[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            if seed_ptr is not None:
+                p *= _dropout(bits, row, key, drop_below, keep_scale)
+            out = _add_product(out * shrink[:, None], p.to(v.dtype), v, ACC)
+            top = higher
+
+        total = tl.where(total == 0, 1.0, total)
+        _store_rows(out_ptr, out / total[:, None], row, queries, HEADS * D, D, BLOCK_D)
+        tl.store(lse_ptr + row.to(tl.int64) * HEADS, top + tl.log(total), row < queries)
+
+
+@triton.jit
+def _row_numbers(ptr, head, row, queries, HEADS: tl.constexpr):
+    """A head's numbers of a block of queries, from [queries, HEADS]; 0 outside."""
+    return tl.load(ptr + row.to(tl.int64) * HEADS + head, row < queries, 0.0)
+
+
+@triton.jit
+def _finite(lse):
+    """0 in place of -inf: weights of a query that sees no key are e^(-inf - 0) = 0."""
+    return tl.where(lse == float("-inf"), 0.0, lse)
+
+
+@triton.jit
+def _logit_grads(p, dp, shift, grad_scores_ptr, scores_place, inside, seen, ACC: tl.constexpr):
+    """dx of a tile; shift = delta - dlse."""
+    dx = p * (dp - shift[:, None])
+    if grad_scores_ptr is not None:
+        dx += tl.load(grad_scores_ptr + scores_place, inside, 0.0).to(ACC)
+    return tl.where(seen, dx, 0.0)
+
+
+@triton.jit(do_not_specialize=["molecules", "rows", "key_rows", "pairs", "drop_below"])
+def _backward_kernel(
+    grad_ptr,  # [rows, HEADS, D], strides of rows and heads given
+    grad_lse_ptr,  # [rows, HEADS], or None
+    grad_scores_ptr,  # [pairs, HEADS], strides given, or None
+    q_ptr,  # as grad
+    k_ptr,  # [key_rows, HEADS / GROUP, D], strides given
+    v_ptr,
+    bias_ptr,  # [pairs, HEADS], strides given, or None
+    seed_ptr,  # [molecules] or [1], or None without dropout
+    lse_ptr,  # [rows, HEADS]
+    q_offsets_ptr,  # [molecules + 1]
+    k_offsets_ptr,
+    pair_offsets_ptr,  # likewise, or None without bias and scores
+    dq_ptr,  # [rows, HEADS, D]
+    dk_ptr,  # [key_rows, HEADS / GROUP, D]
+    dv_ptr,
+    dbias_ptr,  # [pairs, HEADS], or None
+    shift_ptr,  # [rows, HEADS], delta - dlse of molecules of more than BLOCK_N keys
+    grad_row,
+    grad_head,
+    scores_row,
+    scores_head,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    bias_row,
+    bias_head,
+    molecules,
+    rows,
+    key_rows,
+    pairs,
+    scale: tl.float64,
+    drop_below,
+    keep_scale: tl.float64,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SEED_PER_MOLECULE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    KV_HEADS: tl.constexpr = HEADS // GROUP
+    program = tl.program_id(0)
+    if program >= molecules * KV_HEADS:
+        program -= molecules * KV_HEADS
+        programs = tl.num_programs(0) - molecules * KV_HEADS
+        used = tl.load(q_offsets_ptr + molecules).to(tl.int64) * (HEADS * D)
+        _fill(dq_ptr, used, rows.to(tl.int64) * (HEADS * D), 0.0, program, programs)
+        used = tl.load(k_offsets_ptr + molecules).to(tl.int64) * (KV_HEADS * D)
+        end = key_rows.to(tl.int64) * (KV_HEADS * D)
+        _fill(dk_ptr, used, end, 0.0, program, programs)
+        _fill(dv_ptr, used, end, 0.0, program, programs)
+        if dbias_ptr is not None:
+            used = tl.load(pair_offsets_ptr + molecules) * HEADS
+            _fill(dbias_ptr, used, pairs.to(tl.int64) * HEADS, 0.0, program, programs)
+        return
+
+    molecule = program // KV_HEADS
+    kv_head = program % KV_HEADS
+    first_head = kv_head * GROUP
+    q_begin, queries = _bounds(q_offsets_ptr, molecule)
+    k_begin, keys = _bounds(k_offsets_ptr, molecule)
+    grad_ptr += q_begin * grad_row
+    q_ptr += q_begin * q_row
+    k_ptr += k_begin * k_row + kv_head.to(tl.int64) * k_head
+    v_ptr += k_begin * v_row + kv_head.to(tl.int64) * v_head
+    dq_ptr += q_begin * (HEADS * D)
+    dk_ptr += (k_begin * KV_HEADS + kv_head) * D
+    dv_ptr += (k_begin * KV_HEADS + kv_head) * D
+    lse_ptr += q_begin * HEADS
+    shift_ptr += q_begin * HEADS
+    if grad_lse_ptr is not None:
+        grad_lse_ptr += q_begin * HEADS
+    if pair_offsets_ptr is not None:
+        pair = tl.load(pair_offsets_ptr + molecule)
+    if grad_scores_ptr is not None:
+        grad_scores_ptr += pair * scores_row
+    if bias_ptr is not None:
+        bias_ptr += pair * bias_row
+        dbias_ptr += pair * HEADS
+    scale = tl.cast(scale, ACC)
+    keep_scale = tl.cast(keep_scale, ACC)
+    one_block = keys <= BLOCK_N
+
+    if not one_block:
+        for member in range(GROUP):
+            head = first_head + member
+            if seed_ptr is not None:
+                bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
+            at = head.to(tl.int64)
+            for first in range(0, queries, BLOCK_M):
+                row = first + tl.arange(0, BLOCK_M)
+                q = _load_rows(q_ptr + at * q_head, row, queries, q_row, D, BLOCK_D)
+                grad = _load_rows(grad_ptr + at * grad_head, row, queries, grad_row, D, BLOCK_D)
+                lse = _finite(_row_numbers(lse_ptr, head, row, queries, HEADS))
+                shift = tl.zeros((BLOCK_M,), ACC)
+                if grad_lse_ptr is not None:
+                    shift -= _row_numbers(grad_lse_ptr, head, row, queries, HEADS)
+                end = keys
+                if CAUSAL:
+                    end = tl.minimum(keys, first + BLOCK_M + keys - queries)
+                for first_key in range(0, end, BLOCK_N):
+                    key = first_key + tl.arange(0, BLOCK_N)
+                    k = _load_rows(k_ptr, key, keys, k_row, D, BLOCK_D)
+                    v = _load_rows(v_ptr, key, keys, v_row, D, BLOCK_D)
+                    inside, seen, place = _pairs(row, key, queries, keys, CAUSAL)
+                    bias_place = at * bias_head + place * bias_row
+                    x = _logits(q, k, scale, bias_ptr, bias_place, inside, seen, ACC)
+                    dp = _product(grad, tl.trans(v), ACC)
+                    if seed_ptr is not None:
+                        dp *= _dropout(bits, row, key, drop_below, keep_scale)
+                    shift += tl.sum(tl.exp(x - lse[:, None]) * dp, 1)
+                place = shift_ptr + row.to(tl.int64) * HEADS + head
+                tl.store(place, shift, row < queries)
+
+                dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+                if dbias_ptr is not None:
+                    end = keys
+                for first_key in range(0, end, BLOCK_N):
+                    key = first_key + tl.arange(0, BLOCK_N)
+                    k = _load_rows(k_ptr, key, keys, k_row, D, BLOCK_D)
+                    v = _load_rows(v_ptr, key, keys, v_row, D, BLOCK_D)
+                    inside, seen, place = _pairs(row, key, queries, keys, CAUSAL)
+                    bias_place = at * bias_head + place * bias_row
+                    scores_place = at * scores_head + place * scores_row
+                    x = _logits(q, k, scale, bias_ptr, bias_place, inside, seen, ACC)
+                    p = tl.exp(x - lse[:, None])
+                    dp = _product(grad, tl.trans(v), ACC)
+                    if seed_ptr is not None:
+                        dp *= _dropout(bits, row, key, drop_below, keep_scale)
+                    dx = _logit_grads(
+                        p, dp, shift, grad_scores_ptr, scores_place, inside, seen, ACC
+                    )
+                    if dbias_ptr is not None:
+                        place = dbias_ptr + place * HEADS + head
+                        tl.store(place, dx.to(dbias_ptr.dtype.element_ty), inside)
+                    dq = _add_product(dq, dx.to(k.dtype), k, ACC)
+                _store_rows(dq_ptr + at * D, dq * scale, row, queries, HEADS * D, D, BLOCK_D)
+        # Other threads of this program read the shifts of a row than wrote them.
+        tl.debug_barrier()
+
+    for first_key in range(0, tl.maximum(keys, 1), BLOCK_N):
+        key = first_key + tl.arange(0, BLOCK_N)
+        k = _load_rows(k_ptr, key, keys, k_row, D, BLOCK_D)
+        v = _load_rows(v_ptr, key, keys, v_row, D, BLOCK_D)
+        dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+        dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+        begin = 0
+        if CAUSAL and not one_block:
+            begin = tl.maximum(first_key + queries - keys, 0) // BLOCK_M * BLOCK_M
+        for member in range(GROUP):
+            head = first_head + member
+            if seed_ptr is not None:
+                bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
+            at = head.to(tl.int64)
+            for first in range(begin, queries, BLOCK_M):
+                row = first + tl.arange(0, BLOCK_M)
+                q = _load_rows(q_ptr + at * q_head, row, queries, q_row, D, BLOCK_D)
+                grad = _load_rows(grad_ptr + at * grad_head, row, queries, grad_row, D, BLOCK_D)
+                lse = _finite(_row_numbers(lse_ptr, head, row, queries, HEADS))
+                inside, seen, place = _pairs(row, key, queries, keys, CAUSAL)
+                bias_place = at * bias_head + place * bias_row
+                scores_place = at * scores_head + place * scores_row
+                x = _logits(q, k, scale, bias_ptr, bias_place, inside, seen, ACC)
+                p = tl.exp(x - lse[:, None])
+                kept = p
+                dp = _product(grad, tl.trans(v), ACC)
+                if seed_ptr is not None:
+                    m = _dropout(bits, row, key, drop_below, keep_scale)
+                    kept = m * p
+                    dp *= m
+                if one_block:
+                    shift = tl.sum(p * dp, 1)
+                    if grad_lse_ptr is not None:
+                        shift -= _row_numbers(grad_lse_ptr, head, row, queries, HEADS)
+                else:
+                    shift = _row_numbers(shift_ptr, head, row, queries, HEADS)
+                dx = _logit_grads(p, dp, shift, grad_scores_ptr, scores_place, inside, seen, ACC)
+                if one_block:
+                    if dbias_ptr is not None:
+                        place = dbias_ptr + place * HEADS + head
+                        tl.store(place, dx.to(dbias_ptr.dtype.element_ty), inside)
+                    dq = _product(dx.to(k.dtype), k, ACC)
+                    _store_rows(dq_ptr + at * D, dq * scale, row, queries, HEADS * D, D, BLOCK_D)
+                dk = _add_product(dk, tl.trans(dx.to(q.dtype)), q, ACC)
+                dv = _add_product(dv, tl.trans(kept.to(grad.dtype)), grad, ACC)
+        _store_rows(dk_ptr, dk * scale, key, keys, KV_HEADS * D, D, BLOCK_D)
+        _store_rows(dv_ptr, dv, key, keys, KV_HEADS * D, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["molecules"])
+def _pair_offsets_kernel(
+    q_offsets_ptr,  # [molecules + 1]
+    k_offsets_ptr,
+    pair_offsets_ptr,  # [molecules + 1]
+    molecules,
+    BLOCK_B: tl.constexpr,
+):
+    """Where the pairs of every molecule begin, and where the last one's end."""
+    before = tl.zeros((1,), tl.int64)
+    for first in range(0, molecules + 1, BLOCK_B):
+        molecule = first + tl.arange(0, BLOCK_B)
+        exists = molecule < molecules
+        queries = tl.load(q_offsets_ptr + molecule + 1, exists, 0) - tl.load(
+            q_offsets_ptr + molecule, exists, 0
+        )
+        keys = tl.load(k_offsets_ptr + molecule + 1, exists, 0) - tl.load(
+            k_offsets_ptr + molecule, exists, 0
+        )
+        count = queries.to(tl.int64) * keys.to(tl.int64)
+        begin = before + tl.cumsum(count, 0) - count
+        tl.store(pair_offsets_ptr + molecule, begin, molecule <= molecules)
+        before += tl.sum(count, 0)
+
+
+class Tiles(NamedTuple):
+    """A kernel's tile of queries and keys, and its warps."""
+
+    queries: int
+    keys: int
+    warps: int
+
+
+# By bytes of a number and width of a head rounded up to a power of two. Chosen from what the
+# compiled kernels need (registers, shared memory, no spills), not measured: W programs of 4 warps
+# share a multiprocessor, and their loads in flight are what its share of the memory needs.
+_FORWARD = {
+    (2, 64): Tiles(64, 64, 4),
+    (2, 128): Tiles(64, 64, 4),
+    (2, 256): Tiles(64, 32, 4),
+    (4, 64): Tiles(32, 32, 4),
+    (4, 128): Tiles(32, 32, 4),
+    (4, 256): Tiles(32, 32, 4),
+    (8, 64): Tiles(16, 16, 4),
+    (8, 128): Tiles(16, 16, 4),
+    (8, 256): Tiles(16, 16, 4),
+}
+_BACKWARD = {
+    (2, 64): Tiles(64, 64, 4),
+    (2, 128): Tiles(32, 64, 4),
+    (2, 256): Tiles(32, 32, 4),
+    (4, 64): Tiles(32, 32, 4),
+    (4, 128): Tiles(32, 32, 4),
+    (4, 256): Tiles(16, 32, 4),
+    (8, 64): Tiles(16, 16, 4),
+    (8, 128): Tiles(16, 16, 4),
+    (8, 256): Tiles(16, 16, 4),
+}
+
+
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Launch `_forward_kernel`."""
+    return ragged_attention_general(
+        q, k, v, None, None, q_offsets, k_offsets, causal, scale, 0.0, False
+    )[:2]
+
+
+def ragged_attention_bwd(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `_backward_kernel`."""
+    return ragged_attention_general_bwd(
+        grad, grad_lse, None, q, k, v, None, None, lse, q_offsets, k_offsets, causal, scale, 0.0
+    )[:3]
+
+
+def ragged_attention_general(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    return_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `_forward_kernel`, behind `_pair_offsets_kernel` where there are pairs."""
+    q, k, v = map(_readable, (q, k, v))
+    q_offsets, k_offsets = dense(q_offsets), dense(k_offsets)
+    pair_offsets = None
+    if bias is not None or return_scores:
+        pair_offsets = _pair_offsets(q_offsets, k_offsets)
+    if not return_scores:
+        pairs = 0
+    elif bias is not None:
+        pairs = bias.shape[0]
+    else:
+        pairs = int(pair_offsets[-1])  # a size that only the offsets know: this call waits
+    rows, heads = q.shape[:2]
+    molecules = q_offsets.shape[0] - 1
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(rows, heads, dtype=accumulation_dtype(q.dtype))
+    scores = q.new_empty(pairs, heads)
+    launch(
+        _forward_kernel,
+        (molecules * heads + TAIL_PROGRAMS,),
+        *(q, k, v, bias, _seed(seed, dropout_p), q_offsets, k_offsets, pair_offsets),
+        *(out, lse, scores if return_scores else None),
+        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *_strides(bias)),
+        *(molecules, rows, pairs),
+        **_options(_FORWARD, q, k, causal, scale, seed, dropout_p),
+    )
+    return out, lse, scores
+
+
+def ragged_attention_general_bwd(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    grad_scores: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch `_backward_kernel`, behind `_pair_offsets_kernel` where there are pairs."""
+    grad, q, k, v = map(_readable, (grad, q, k, v))
+    q_offsets, k_offsets, lse = dense(q_offsets), dense(k_offsets), dense(lse)
+    grad_lse = None if grad_lse is None else dense(grad_lse)
+    pair_offsets = None
+    if bias is not None or grad_scores is not None:
+        pair_offsets = _pair_offsets(q_offsets, k_offsets)
+    rows, heads = q.shape[:2]
+    key_rows, kv_heads = k.shape[:2]
+    pairs = 0 if bias is None else bias.shape[0]
+    molecules = q_offsets.shape[0] - 1
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dbias = q.new_empty(pairs, heads)
+    launch(
+        _backward_kernel,
+        (molecules * kv_heads + TAIL_PROGRAMS,),
+        *(grad, grad_lse, grad_scores, q, k, v, bias, _seed(seed, dropout_p), lse),
+        *(q_offsets, k_offsets, pair_offsets),
+        *(dq, dk, dv, None if bias is None else dbias, torch.empty_like(lse)),
+        *(*grad.stride()[:2], *_strides(grad_scores), *q.stride()[:2]),
+        *(*k.stride()[:2], *v.stride()[:2], *_strides(bias)),
+        *(molecules, rows, key_rows, pairs),
+        **_options(_BACKWARD, q, k, causal, scale, seed, dropout_p),
+    )
+    return dq, dk, dv, dbias
+
+
+def _pair_offsets(q_offsets: Tensor, k_offsets: Tensor) -> Tensor:
+    out = q_offsets.new_empty(q_offsets.shape, dtype=torch.int64)
+    molecules = out.shape[0] - 1
+    launch(_pair_offsets_kernel, (1,), q_offsets, k_offsets, out, molecules, BLOCK_B=1024)
+    return out
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Heads of a packed projection are read in place, as long as a head's numbers are neighbours.
+
+    Another alignment is another compiled kernel, which may sum in another order.
+    """
+    return x if x.stride(2) == 1 and x.data_ptr() % 16 == 0 else dense(x)
+
+
+def _strides(pairs: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if pairs is None else pairs.stride()
+
+
+def _seed(seed: Tensor | None, dropout_p: float) -> Tensor | None:
+    return dense(seed) if dropout_p > 0 else None
+
+
+def _options(
+    table: dict[tuple[int, int], Tiles],
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    scale: float | None,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> dict[str, object]:
+    """What both kernels take by name."""
+    heads, width = q.shape[1:]
+    if width > 256:
+        raise ValueError(f"q must have shape [Tq, H, D] with D <= 256 on a GPU, got {width}")
+    block_d = max(16, triton.next_power_of_2(width))
+    tiles = table[q.element_size(), max(64, block_d)]
+    return {
+        "scale": 1 / math.sqrt(width) if scale is None else float(scale),
+        "drop_below": int(dropout_p * 2**32),
+        "keep_scale": 1 / (1 - dropout_p),
+        "HEADS": heads,
+        "GROUP": heads // k.shape[1],
+        "D": width,
+        "CAUSAL": causal,
+        "SEED_PER_MOLECULE": dropout_p > 0 and seed.numel() > 1,
+        "ACC": accumulator(q.dtype),
+        "BLOCK_M": tiles.queries,
+        "BLOCK_N": tiles.keys,
+        "BLOCK_D": block_d,
+        "num_warps": tiles.warps,
+        "num_stages": 1,
+    }
