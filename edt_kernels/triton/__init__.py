@@ -1,0 +1,28 @@
+"""Triton kernels of the ops for GPUs; imported by the first call that needs one.
+
+Every module holds the kernels of one op, launchers with the signatures of the raw ops, and
+`configurations(device)`: calls that together launch every kernel as it ships.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from edt_kernels.triton.launch import Configuration
+
+MODULES = ("segment_softmax",)
+
+
+def configurations(device: torch.device | str) -> Iterator[Configuration]:
+    """The configurations of every module; imports Triton.
+
+    On "meta" they can be recorded (`launch.record`), on a GPU they run on next to nothing.
+    """
+    for name in MODULES:
+        module = importlib.import_module(f"edt_kernels.triton.{name}")
+        yield from module.configurations(torch.device(device))

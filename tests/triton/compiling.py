@@ -1,0 +1,88 @@
+"""Ahead-of-time compilation of recorded launches, without a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from edt_kernels.triton.launch import Launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+}
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel needs: registers of a thread, bytes of a program, bytes spilled."""
+
+    registers: int
+    shared: int
+    spills: int
+
+
+def resources(launch: Launch, target: str) -> Resources:
+    """Compile a launch and read what it needs from the binary."""
+    signature, constants, attributes = specialised(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
+    read = _of_amdgcn if target.startswith("gfx") else _of_cubin
+    registers, spills = read(compiled.asm)
+    return Resources(registers, compiled.metadata.shared, spills)
+
+
+def specialised(launch: Launch) -> tuple[dict, dict, dict]:
+    """Types, constants and divisibility by 16, as a launch with aligned tensors has them."""
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(launch.kernel.params):
+        value = launch.arguments[param.name] if param.name in launch.arguments else param.default
+        specialise = not param.do_not_specialize
+        if param.is_constexpr or value is None or (type(value) is int and value == 1 and specialise):
+            signature[param.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = f"*{TYPES[value.dtype]}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[param.name] = param.annotation_type or "fp32"
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialise and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _of_cubin(asm: dict) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    used = dict(re.findall(r"(\w+):(\d+)", printed))
+    return int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])
+
+
+def _of_amdgcn(asm: dict) -> tuple[int, int]:
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", asm["amdgcn"])[1])
+
+    return number("vgpr_count"), number("private_segment_fixed_size")
