@@ -32,19 +32,42 @@ def _bounds(offsets_ptr, molecule):
 
 
 @triton.jit
-def _load_rows(ptr, row, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tile [len(row), BLOCK_D] of a head's [rows, D], 0 outside."""
+def _row_places(
+    first, rows, ROW: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Where the rows `first` to first + BLOCK of a head's [rows, D] lie, and which numbers exist.
+
+    ROW is from one row to the next.
+    """
+    row = tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK_D)
-    place = row.to(tl.int64)[:, None] * stride + column[None, :]
-    return tl.load(ptr + place, (row < rows)[:, None] & (column < D)[None, :], 0.0)
+    place = row.to(tl.int64)[:, None] * ROW + column[None, :] + tl.cast(first, tl.int64) * ROW
+    inside = (first + row < rows)[:, None]
+    return place, inside & (column < D)[None, :] if D < BLOCK_D else inside
 
 
 @triton.jit
-def _store_rows(ptr, x, row, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_rows(
+    ptr, first, rows, ROW: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Tile [BLOCK, BLOCK_D], 0 where nothing exists."""
+    place, inside = _row_places(first, rows, ROW, D, BLOCK, BLOCK_D)
+    return tl.load(ptr + place, inside, 0.0)
+
+
+@triton.jit
+def _store_rows(
+    ptr,
+    x,
+    first,
+    rows,
+    ROW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Inverse of `_load_rows`."""
-    column = tl.arange(0, BLOCK_D)
-    place = row.to(tl.int64)[:, None] * stride + column[None, :]
-    inside = (row < rows)[:, None] & (column < D)[None, :]
+    place, inside = _row_places(first, rows, ROW, D, BLOCK, BLOCK_D)
     tl.store(ptr + place, x.to(ptr.dtype.element_ty), inside)
 
 
@@ -58,12 +81,17 @@ def _fill(ptr, begin, end, value, program, programs):
 
 @triton.jit
 def _pairs(row, key, queries, keys, CAUSAL: tl.constexpr):
-    """Of a tile: which pairs exist, which of them causal does not hide, and their numbers."""
+    """Which pairs of a tile exist, and which of them causal does not hide."""
     inside = (row < queries)[:, None] & (key < keys)[None, :]
-    seen = inside
     if CAUSAL:
-        seen = seen & (key[None, :] <= row[:, None] + keys - queries)
-    return inside, seen, row.to(tl.int64)[:, None] * keys + key[None, :]
+        return inside, inside & (key[None, :] <= row[:, None] + keys - queries)
+    return inside, inside
+
+
+@triton.jit
+def _pair_places(row, key, keys, ROW: tl.constexpr):
+    """Where the pairs of a tile lie behind their molecule's first; ROW is from one to the next."""
+    return (row.to(tl.int64) * keys * ROW)[:, None] + (key.to(tl.int64) * ROW)[None, :]
 
 
 @triton.jit
@@ -122,13 +150,9 @@ def _forward_kernel(
     out_ptr,  # [rows, HEADS, D]
     lse_ptr,  # [rows, HEADS]
     scores_ptr,  # [pairs, HEADS], or None
-    q_row,
     q_head,
-    k_row,
     k_head,
-    v_row,
     v_head,
-    bias_row,
     bias_head,
     molecules,
     rows,
@@ -139,6 +163,10 @@ def _forward_kernel(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    Q_ROW: tl.constexpr,
+    K_ROW: tl.constexpr,
+    V_ROW: tl.constexpr,
+    BIAS_ROW: tl.constexpr,
     CAUSAL: tl.constexpr,
     SEED_PER_MOLECULE: tl.constexpr,
     ACC: tl.constexpr,
@@ -163,25 +191,25 @@ def _forward_kernel(
     head = program % HEADS
     q_begin, queries = _bounds(q_offsets_ptr, molecule)
     k_begin, keys = _bounds(k_offsets_ptr, molecule)
-    q_ptr += q_begin * q_row + head.to(tl.int64) * q_head
-    k_ptr += k_begin * k_row + (head // GROUP).to(tl.int64) * k_head
-    v_ptr += k_begin * v_row + (head // GROUP).to(tl.int64) * v_head
+    q_ptr += q_begin * Q_ROW + head.to(tl.int64) * q_head
+    k_ptr += k_begin * K_ROW + (head // GROUP).to(tl.int64) * k_head
+    v_ptr += k_begin * V_ROW + (head // GROUP).to(tl.int64) * v_head
     out_ptr += (q_begin * HEADS + head) * D
     lse_ptr += q_begin * HEADS + head
     if pair_offsets_ptr is not None:
         pair = tl.load(pair_offsets_ptr + molecule)
     if bias_ptr is not None:
-        bias_ptr += pair * bias_row + head.to(tl.int64) * bias_head
+        bias_ptr += pair * BIAS_ROW + head.to(tl.int64) * bias_head
     if scores_ptr is not None:
         scores_ptr += pair * HEADS + head
     if seed_ptr is not None:
         bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
-    scale = tl.cast(scale, ACC)
-    keep_scale = tl.cast(keep_scale, ACC)
+    scale = tl.full((), scale, ACC)
+    keep_scale = tl.full((), keep_scale, ACC)
 
     for first in range(0, queries, BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
-        q = _load_rows(q_ptr, row, queries, q_row, D, BLOCK_D)
+        q = _load_rows(q_ptr, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
         top = tl.full((BLOCK_M,), float("-inf"), ACC)
         total = tl.zeros((BLOCK_M,), ACC)
         out = tl.zeros((BLOCK_M, BLOCK_D), ACC)
@@ -190,12 +218,18 @@ def _forward_kernel(
             end = tl.minimum(keys, first + BLOCK_M + keys - queries)
         for first_key in range(0, end, BLOCK_N):
             key = first_key + tl.arange(0, BLOCK_N)
-            k = _load_rows(k_ptr, key, keys, k_row, D, BLOCK_D)
-            v = _load_rows(v_ptr, key, keys, v_row, D, BLOCK_D)
-            inside, seen, place = _pairs(row, key, queries, keys, CAUSAL)
-            x = _logits(q, k, scale, bias_ptr, place * bias_row, inside, seen, ACC)
+            k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
+            v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
+            inside, seen = _pairs(row, key, queries, keys, CAUSAL)
+            x = _logits(
+                q, k, scale, bias_ptr, _pair_places(row, key, keys, BIAS_ROW), inside, seen, ACC
+            )
             if scores_ptr is not None:
-                tl.store(scores_ptr + place * HEADS, x.to(scores_ptr.dtype.element_ty), inside)
+                tl.store(
+                    scores_ptr + _pair_places(row, key, keys, HEADS),
+                    x.to(scores_ptr.dtype.element_ty),
+                    inside,
+                )
 
             higher = tl.maximum(top, tl.max(x, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -208,7 +242,7 @@ def _forward_kernel(
             top = higher
 
         total = tl.where(total == 0, 1.0, total)
-        _store_rows(out_ptr, out / total[:, None], row, queries, HEADS * D, D, BLOCK_D)
+        _store_rows(out_ptr, out / total[:, None], first, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
         tl.store(lse_ptr + row.to(tl.int64) * HEADS, top + tl.log(total), row < queries)
 
 
@@ -252,17 +286,11 @@ def _backward_kernel(
     dv_ptr,
     dbias_ptr,  # [pairs, HEADS], or None
     shift_ptr,  # [rows, HEADS], delta - dlse of molecules of more than BLOCK_N keys
-    grad_row,
     grad_head,
-    scores_row,
     scores_head,
-    q_row,
     q_head,
-    k_row,
     k_head,
-    v_row,
     v_head,
-    bias_row,
     bias_head,
     molecules,
     rows,
@@ -274,6 +302,12 @@ def _backward_kernel(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    GRAD_ROW: tl.constexpr,
+    SCORES_ROW: tl.constexpr,
+    Q_ROW: tl.constexpr,
+    K_ROW: tl.constexpr,
+    V_ROW: tl.constexpr,
+    BIAS_ROW: tl.constexpr,
     CAUSAL: tl.constexpr,
     SEED_PER_MOLECULE: tl.constexpr,
     ACC: tl.constexpr,
@@ -302,10 +336,10 @@ def _backward_kernel(
     first_head = kv_head * GROUP
     q_begin, queries = _bounds(q_offsets_ptr, molecule)
     k_begin, keys = _bounds(k_offsets_ptr, molecule)
-    grad_ptr += q_begin * grad_row
-    q_ptr += q_begin * q_row
-    k_ptr += k_begin * k_row + kv_head.to(tl.int64) * k_head
-    v_ptr += k_begin * v_row + kv_head.to(tl.int64) * v_head
+    grad_ptr += q_begin * GRAD_ROW
+    q_ptr += q_begin * Q_ROW
+    k_ptr += k_begin * K_ROW + kv_head.to(tl.int64) * k_head
+    v_ptr += k_begin * V_ROW + kv_head.to(tl.int64) * v_head
     dq_ptr += q_begin * (HEADS * D)
     dk_ptr += (k_begin * KV_HEADS + kv_head) * D
     dv_ptr += (k_begin * KV_HEADS + kv_head) * D
@@ -316,12 +350,12 @@ def _backward_kernel(
     if pair_offsets_ptr is not None:
         pair = tl.load(pair_offsets_ptr + molecule)
     if grad_scores_ptr is not None:
-        grad_scores_ptr += pair * scores_row
+        grad_scores_ptr += pair * SCORES_ROW
     if bias_ptr is not None:
-        bias_ptr += pair * bias_row
+        bias_ptr += pair * BIAS_ROW
         dbias_ptr += pair * HEADS
-    scale = tl.cast(scale, ACC)
-    keep_scale = tl.cast(keep_scale, ACC)
+    scale = tl.full((), scale, ACC)
+    keep_scale = tl.full((), keep_scale, ACC)
     one_block = keys <= BLOCK_N
 
     if not one_block:
@@ -332,8 +366,10 @@ def _backward_kernel(
             at = head.to(tl.int64)
             for first in range(0, queries, BLOCK_M):
                 row = first + tl.arange(0, BLOCK_M)
-                q = _load_rows(q_ptr + at * q_head, row, queries, q_row, D, BLOCK_D)
-                grad = _load_rows(grad_ptr + at * grad_head, row, queries, grad_row, D, BLOCK_D)
+                q = _load_rows(q_ptr + at * q_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
+                grad = _load_rows(
+                    grad_ptr + at * grad_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D
+                )
                 lse = _finite(_row_numbers(lse_ptr, head, row, queries, HEADS))
                 shift = tl.zeros((BLOCK_M,), ACC)
                 if grad_lse_ptr is not None:
@@ -343,28 +379,27 @@ def _backward_kernel(
                     end = tl.minimum(keys, first + BLOCK_M + keys - queries)
                 for first_key in range(0, end, BLOCK_N):
                     key = first_key + tl.arange(0, BLOCK_N)
-                    k = _load_rows(k_ptr, key, keys, k_row, D, BLOCK_D)
-                    v = _load_rows(v_ptr, key, keys, v_row, D, BLOCK_D)
-                    inside, seen, place = _pairs(row, key, queries, keys, CAUSAL)
-                    bias_place = at * bias_head + place * bias_row
+                    k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
+                    v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
+                    inside, seen = _pairs(row, key, queries, keys, CAUSAL)
+                    bias_place = at * bias_head + _pair_places(row, key, keys, BIAS_ROW)
                     x = _logits(q, k, scale, bias_ptr, bias_place, inside, seen, ACC)
                     dp = _product(grad, tl.trans(v), ACC)
                     if seed_ptr is not None:
                         dp *= _dropout(bits, row, key, drop_below, keep_scale)
                     shift += tl.sum(tl.exp(x - lse[:, None]) * dp, 1)
-                place = shift_ptr + row.to(tl.int64) * HEADS + head
-                tl.store(place, shift, row < queries)
+                tl.store(shift_ptr + row.to(tl.int64) * HEADS + head, shift, row < queries)
 
                 dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
                 if dbias_ptr is not None:
                     end = keys
                 for first_key in range(0, end, BLOCK_N):
                     key = first_key + tl.arange(0, BLOCK_N)
-                    k = _load_rows(k_ptr, key, keys, k_row, D, BLOCK_D)
-                    v = _load_rows(v_ptr, key, keys, v_row, D, BLOCK_D)
-                    inside, seen, place = _pairs(row, key, queries, keys, CAUSAL)
-                    bias_place = at * bias_head + place * bias_row
-                    scores_place = at * scores_head + place * scores_row
+                    k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
+                    v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
+                    inside, seen = _pairs(row, key, queries, keys, CAUSAL)
+                    bias_place = at * bias_head + _pair_places(row, key, keys, BIAS_ROW)
+                    scores_place = at * scores_head + _pair_places(row, key, keys, SCORES_ROW)
                     x = _logits(q, k, scale, bias_ptr, bias_place, inside, seen, ACC)
                     p = tl.exp(x - lse[:, None])
                     dp = _product(grad, tl.trans(v), ACC)
@@ -374,17 +409,21 @@ def _backward_kernel(
                         p, dp, shift, grad_scores_ptr, scores_place, inside, seen, ACC
                     )
                     if dbias_ptr is not None:
-                        place = dbias_ptr + place * HEADS + head
-                        tl.store(place, dx.to(dbias_ptr.dtype.element_ty), inside)
+                        dbias = dx.to(dbias_ptr.dtype.element_ty)
+                        tl.store(
+                            dbias_ptr + _pair_places(row, key, keys, HEADS) + head, dbias, inside
+                        )
                     dq = _add_product(dq, dx.to(k.dtype), k, ACC)
-                _store_rows(dq_ptr + at * D, dq * scale, row, queries, HEADS * D, D, BLOCK_D)
+                _store_rows(
+                    dq_ptr + at * D, dq * scale, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D
+                )
         # Other threads of this program read the shifts of a row than wrote them.
         tl.debug_barrier()
 
     for first_key in range(0, tl.maximum(keys, 1), BLOCK_N):
         key = first_key + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_ptr, key, keys, k_row, D, BLOCK_D)
-        v = _load_rows(v_ptr, key, keys, v_row, D, BLOCK_D)
+        k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
+        v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
         dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         begin = 0
@@ -397,12 +436,14 @@ def _backward_kernel(
             at = head.to(tl.int64)
             for first in range(begin, queries, BLOCK_M):
                 row = first + tl.arange(0, BLOCK_M)
-                q = _load_rows(q_ptr + at * q_head, row, queries, q_row, D, BLOCK_D)
-                grad = _load_rows(grad_ptr + at * grad_head, row, queries, grad_row, D, BLOCK_D)
+                q = _load_rows(q_ptr + at * q_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
+                grad = _load_rows(
+                    grad_ptr + at * grad_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D
+                )
                 lse = _finite(_row_numbers(lse_ptr, head, row, queries, HEADS))
-                inside, seen, place = _pairs(row, key, queries, keys, CAUSAL)
-                bias_place = at * bias_head + place * bias_row
-                scores_place = at * scores_head + place * scores_row
+                inside, seen = _pairs(row, key, queries, keys, CAUSAL)
+                bias_place = at * bias_head + _pair_places(row, key, keys, BIAS_ROW)
+                scores_place = at * scores_head + _pair_places(row, key, keys, SCORES_ROW)
                 x = _logits(q, k, scale, bias_ptr, bias_place, inside, seen, ACC)
                 p = tl.exp(x - lse[:, None])
                 kept = p
@@ -420,14 +461,18 @@ def _backward_kernel(
                 dx = _logit_grads(p, dp, shift, grad_scores_ptr, scores_place, inside, seen, ACC)
                 if one_block:
                     if dbias_ptr is not None:
-                        place = dbias_ptr + place * HEADS + head
-                        tl.store(place, dx.to(dbias_ptr.dtype.element_ty), inside)
+                        dbias = dx.to(dbias_ptr.dtype.element_ty)
+                        tl.store(
+                            dbias_ptr + _pair_places(row, key, keys, HEADS) + head, dbias, inside
+                        )
                     dq = _product(dx.to(k.dtype), k, ACC)
-                    _store_rows(dq_ptr + at * D, dq * scale, row, queries, HEADS * D, D, BLOCK_D)
+                    _store_rows(
+                        dq_ptr + at * D, dq * scale, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D
+                    )
                 dk = _add_product(dk, tl.trans(dx.to(q.dtype)), q, ACC)
                 dv = _add_product(dv, tl.trans(kept.to(grad.dtype)), grad, ACC)
-        _store_rows(dk_ptr, dk * scale, key, keys, KV_HEADS * D, D, BLOCK_D)
-        _store_rows(dv_ptr, dv, key, keys, KV_HEADS * D, D, BLOCK_D)
+        _store_rows(dk_ptr, dk * scale, first_key, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
+        _store_rows(dv_ptr, dv, first_key, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["molecules"])
@@ -558,9 +603,9 @@ def ragged_attention_general(
         (molecules * heads + TAIL_PROGRAMS,),
         *(q, k, v, bias, _seed(seed, dropout_p), q_offsets, k_offsets, pair_offsets),
         *(out, lse, scores if return_scores else None),
-        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *_strides(bias)),
+        *(q.stride(1), k.stride(1), v.stride(1), *_strides(bias)[1:]),
         *(molecules, rows, pairs),
-        **_options(_FORWARD, q, k, causal, scale, seed, dropout_p),
+        **_options(_FORWARD, q, k, v, bias, causal, scale, seed, dropout_p),
     )
     return out, lse, scores
 
@@ -600,10 +645,12 @@ def ragged_attention_general_bwd(
         *(grad, grad_lse, grad_scores, q, k, v, bias, _seed(seed, dropout_p), lse),
         *(q_offsets, k_offsets, pair_offsets),
         *(dq, dk, dv, None if bias is None else dbias, torch.empty_like(lse)),
-        *(*grad.stride()[:2], *_strides(grad_scores), *q.stride()[:2]),
-        *(*k.stride()[:2], *v.stride()[:2], *_strides(bias)),
+        *(grad.stride(1), *_strides(grad_scores)[1:], q.stride(1)),
+        *(k.stride(1), v.stride(1), *_strides(bias)[1:]),
         *(molecules, rows, key_rows, pairs),
-        **_options(_BACKWARD, q, k, causal, scale, seed, dropout_p),
+        **_options(_BACKWARD, q, k, v, bias, causal, scale, seed, dropout_p),
+        GRAD_ROW=grad.stride(0),
+        SCORES_ROW=_strides(grad_scores)[0],
     )
     return dq, dk, dv, dbias
 
@@ -635,6 +682,8 @@ def _options(
     table: dict[tuple[int, int], Tiles],
     q: Tensor,
     k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
     causal: bool,
     scale: float | None,
     seed: Tensor | None,
@@ -653,6 +702,10 @@ def _options(
         "HEADS": heads,
         "GROUP": heads // k.shape[1],
         "D": width,
+        "Q_ROW": q.stride(0),
+        "K_ROW": k.stride(0),
+        "V_ROW": v.stride(0),
+        "BIAS_ROW": _strides(bias)[0],
         "CAUSAL": causal,
         "SEED_PER_MOLECULE": dropout_p > 0 and seed.numel() > 1,
         "ACC": accumulator(q.dtype),
