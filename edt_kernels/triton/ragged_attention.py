@@ -79,19 +79,28 @@ def _fill(ptr, begin, end, value, program, programs):
         tl.store(ptr + place, tl.full((1024,), value, ptr.dtype.element_ty), place < end)
 
 
+# Tiles of pairs are made of rows [BLOCK_M, 1] and keys [1, BLOCK_N], or of the transposed two.
+
+
 @triton.jit
-def _pairs(row, key, queries, keys, CAUSAL: tl.constexpr):
-    """Which pairs of a tile exist, and which of them causal does not hide."""
-    inside = (row < queries)[:, None] & (key < keys)[None, :]
+def _seen(row, key, queries, keys, CAUSAL: tl.constexpr):
+    """Which keys of a tile exist and are not hidden by causal: the last query sees all."""
+    seen = key < keys
     if CAUSAL:
-        return inside, inside & (key[None, :] <= row[:, None] + keys - queries)
-    return inside, inside
+        seen = seen & (key <= row + keys - queries)
+    return seen
 
 
 @triton.jit
 def _pair_places(row, key, keys, ROW: tl.constexpr):
     """Where the pairs of a tile lie behind their molecule's first; ROW is from one to the next."""
-    return (row.to(tl.int64) * keys * ROW)[:, None] + (key.to(tl.int64) * ROW)[None, :]
+    return row.to(tl.int64) * keys * ROW + key.to(tl.int64) * ROW
+
+
+@triton.jit
+def _store_pairs(ptr, x, row, key, queries, keys, ROW: tl.constexpr):
+    place = ptr + _pair_places(row, key, keys, ROW)
+    tl.store(place, x.to(ptr.dtype.element_ty), (row < queries) & (key < keys))
 
 
 @triton.jit
@@ -113,8 +122,7 @@ def _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE: tl.constexpr):
 @triton.jit
 def _dropout(bits, row, key, drop_below, keep_scale):
     """What dropout multiplies a tile of weights with: 0, or 1 / (1 - p)."""
-    bits = _mix(bits + row.to(tl.uint32))
-    bits = _mix(bits[:, None] + key.to(tl.uint32)[None, :])
+    bits = _mix(_mix(bits + row.to(tl.uint32)) + key.to(tl.uint32))
     return tl.where(bits >= drop_below.to(tl.uint32), keep_scale, 0.0)
 
 
@@ -129,12 +137,25 @@ def _add_product(total, a, b, ACC: tl.constexpr):
 
 
 @triton.jit
-def _logits(q, k, scale, bias_ptr, bias_place, inside, seen, ACC: tl.constexpr):
-    """x of a tile, -inf where a pair is not seen."""
-    x = _product(q, tl.trans(k), ACC) * scale
+def _logits(
+    a,
+    b,
+    scale,
+    bias_ptr,
+    row,
+    key,
+    queries,
+    keys,
+    BIAS_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """x of a tile: a and b are q and k, or k and q for its transpose."""
+    x = _product(a, tl.trans(b), ACC) * scale
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + bias_place, inside, 0.0).to(ACC)
-    return tl.where(seen, x, float("-inf"))
+        inside = (row < queries) & (key < keys)
+        x += tl.load(bias_ptr + _pair_places(row, key, keys, BIAS_ROW), inside, 0.0).to(ACC)
+    return tl.where(_seen(row, key, queries, keys, CAUSAL), x, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["molecules", "rows", "pairs", "drop_below"])
@@ -208,48 +229,47 @@ def _forward_kernel(
     keep_scale = tl.full((), keep_scale, ACC)
 
     for first in range(0, queries, BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
+        row = first + tl.arange(0, BLOCK_M)[:, None]
         q = _load_rows(q_ptr, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
-        top = tl.full((BLOCK_M,), float("-inf"), ACC)
-        total = tl.zeros((BLOCK_M,), ACC)
+        top = tl.full((BLOCK_M, 1), float("-inf"), ACC)
+        total = tl.zeros((BLOCK_M, 1), ACC)
         out = tl.zeros((BLOCK_M, BLOCK_D), ACC)
         end = keys
         if CAUSAL and scores_ptr is None:
             end = tl.minimum(keys, first + BLOCK_M + keys - queries)
         for first_key in range(0, end, BLOCK_N):
-            key = first_key + tl.arange(0, BLOCK_N)
             k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
             v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-            inside, seen = _pairs(row, key, queries, keys, CAUSAL)
-            x = _logits(
-                q, k, scale, bias_ptr, _pair_places(row, key, keys, BIAS_ROW), inside, seen, ACC
-            )
+            key = first_key + tl.arange(0, BLOCK_N)[None, :]
+            x = _logits(q, k, scale, bias_ptr, row, key, queries, keys, BIAS_ROW, CAUSAL, ACC)
             if scores_ptr is not None:
-                tl.store(
-                    scores_ptr + _pair_places(row, key, keys, HEADS),
-                    x.to(scores_ptr.dtype.element_ty),
-                    inside,
-                )
+                _store_pairs(scores_ptr, x, row, key, queries, keys, HEADS)
 
-            higher = tl.maximum(top, tl.max(x, 1))
+            higher = tl.maximum(top, tl.max(x, 1, keep_dims=True))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             shrink = tl.exp(top - shift)
-            p = tl.exp(x - shift[:, None])
-            total = total * shrink + tl.sum(p, 1)
+            p = tl.exp(x - shift)
+            total = total * shrink + tl.sum(p, 1, keep_dims=True)
             if seed_ptr is not None:
                 p *= _dropout(bits, row, key, drop_below, keep_scale)
-            out = _add_product(out * shrink[:, None], p.to(v.dtype), v, ACC)
+            out = _add_product(out * shrink, p.to(v.dtype), v, ACC)
             top = higher
 
         total = tl.where(total == 0, 1.0, total)
-        _store_rows(out_ptr, out / total[:, None], first, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
+        _store_rows(out_ptr, out / total, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
         tl.store(lse_ptr + row.to(tl.int64) * HEADS, top + tl.log(total), row < queries)
 
 
 @triton.jit
-def _row_numbers(ptr, head, row, queries, HEADS: tl.constexpr):
+def _of_head(ptr, head, stride):
+    """Where a head's part of a tensor begins; None has none."""
+    return None if ptr is None else ptr + head.to(tl.int64) * stride
+
+
+@triton.jit
+def _row_numbers(ptr, row, queries, HEADS: tl.constexpr):
     """A head's numbers of a block of queries, from [queries, HEADS]; 0 outside."""
-    return tl.load(ptr + row.to(tl.int64) * HEADS + head, row < queries, 0.0)
+    return tl.load(ptr + row.to(tl.int64) * HEADS, row < queries, 0.0)
 
 
 @triton.jit
@@ -259,12 +279,22 @@ def _finite(lse):
 
 
 @triton.jit
-def _logit_grads(p, dp, shift, grad_scores_ptr, scores_place, inside, seen, ACC: tl.constexpr):
-    """dx of a tile; shift = delta - dlse."""
-    dx = p * (dp - shift[:, None])
+def _add_scores(
+    dx,
+    grad_scores_ptr,
+    row,
+    key,
+    queries,
+    keys,
+    SCORES_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dx of a tile with the gradient of the scores, 0 where a key is not seen."""
     if grad_scores_ptr is not None:
-        dx += tl.load(grad_scores_ptr + scores_place, inside, 0.0).to(ACC)
-    return tl.where(seen, dx, 0.0)
+        place = grad_scores_ptr + _pair_places(row, key, keys, SCORES_ROW)
+        dx += tl.load(place, (row < queries) & (key < keys), 0.0).to(ACC)
+    return tl.where(_seen(row, key, queries, keys, CAUSAL), dx, 0.0)
 
 
 @triton.jit(do_not_specialize=["molecules", "rows", "key_rows", "pairs", "drop_below"])
@@ -361,67 +391,59 @@ def _backward_kernel(
     if not one_block:
         for member in range(GROUP):
             head = first_head + member
+            q_of_head = _of_head(q_ptr, head, q_head)
+            grad_of_head = _of_head(grad_ptr, head, grad_head)
+            bias = _of_head(bias_ptr, head, bias_head)
+            grad_scores = _of_head(grad_scores_ptr, head, scores_head)
             if seed_ptr is not None:
                 bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
-            at = head.to(tl.int64)
             for first in range(0, queries, BLOCK_M):
-                row = first + tl.arange(0, BLOCK_M)
-                q = _load_rows(q_ptr + at * q_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
-                grad = _load_rows(
-                    grad_ptr + at * grad_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D
-                )
-                lse = _finite(_row_numbers(lse_ptr, head, row, queries, HEADS))
-                shift = tl.zeros((BLOCK_M,), ACC)
+                row = first + tl.arange(0, BLOCK_M)[None, :]
+                q = _load_rows(q_of_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
+                grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
+                lse = _finite(_row_numbers(lse_ptr + head, row, queries, HEADS))
+                shift = tl.zeros((1, BLOCK_M), ACC)
                 if grad_lse_ptr is not None:
-                    shift -= _row_numbers(grad_lse_ptr, head, row, queries, HEADS)
+                    shift -= _row_numbers(grad_lse_ptr + head, row, queries, HEADS)
                 end = keys
                 if CAUSAL:
                     end = tl.minimum(keys, first + BLOCK_M + keys - queries)
                 for first_key in range(0, end, BLOCK_N):
-                    key = first_key + tl.arange(0, BLOCK_N)
+                    key = first_key + tl.arange(0, BLOCK_N)[:, None]
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-                    inside, seen = _pairs(row, key, queries, keys, CAUSAL)
-                    bias_place = at * bias_head + _pair_places(row, key, keys, BIAS_ROW)
-                    x = _logits(q, k, scale, bias_ptr, bias_place, inside, seen, ACC)
-                    dp = _product(grad, tl.trans(v), ACC)
+                    x = _logits(k, q, scale, bias, row, key, queries, keys, BIAS_ROW, CAUSAL, ACC)
+                    dp = _product(v, tl.trans(grad), ACC)
                     if seed_ptr is not None:
                         dp *= _dropout(bits, row, key, drop_below, keep_scale)
-                    shift += tl.sum(tl.exp(x - lse[:, None]) * dp, 1)
-                tl.store(shift_ptr + row.to(tl.int64) * HEADS + head, shift, row < queries)
+                    shift += tl.sum(tl.exp(x - lse) * dp, 0, keep_dims=True)
+                tl.store(shift_ptr + head + row.to(tl.int64) * HEADS, shift, row < queries)
 
-                dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+                dq = tl.zeros((BLOCK_D, BLOCK_M), ACC)
                 if dbias_ptr is not None:
                     end = keys
                 for first_key in range(0, end, BLOCK_N):
-                    key = first_key + tl.arange(0, BLOCK_N)
+                    key = first_key + tl.arange(0, BLOCK_N)[:, None]
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-                    inside, seen = _pairs(row, key, queries, keys, CAUSAL)
-                    bias_place = at * bias_head + _pair_places(row, key, keys, BIAS_ROW)
-                    scores_place = at * scores_head + _pair_places(row, key, keys, SCORES_ROW)
-                    x = _logits(q, k, scale, bias_ptr, bias_place, inside, seen, ACC)
-                    p = tl.exp(x - lse[:, None])
-                    dp = _product(grad, tl.trans(v), ACC)
+                    x = _logits(k, q, scale, bias, row, key, queries, keys, BIAS_ROW, CAUSAL, ACC)
+                    dp = _product(v, tl.trans(grad), ACC)
                     if seed_ptr is not None:
                         dp *= _dropout(bits, row, key, drop_below, keep_scale)
-                    dx = _logit_grads(
-                        p, dp, shift, grad_scores_ptr, scores_place, inside, seen, ACC
+                    dx = tl.exp(x - lse) * (dp - shift)
+                    dx = _add_scores(
+                        dx, grad_scores, row, key, queries, keys, SCORES_ROW, CAUSAL, ACC
                     )
                     if dbias_ptr is not None:
-                        dbias = dx.to(dbias_ptr.dtype.element_ty)
-                        tl.store(
-                            dbias_ptr + _pair_places(row, key, keys, HEADS) + head, dbias, inside
-                        )
-                    dq = _add_product(dq, dx.to(k.dtype), k, ACC)
-                _store_rows(
-                    dq_ptr + at * D, dq * scale, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D
-                )
-        # Other threads of this program read the shifts of a row than wrote them.
+                        _store_pairs(dbias_ptr + head, dx, row, key, queries, keys, HEADS)
+                    dq = _add_product(dq, tl.trans(k), dx.to(k.dtype), ACC)
+                dq = tl.trans(dq * scale)
+                _store_rows(dq_ptr + head * D, dq, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
+        # Other threads of this program read the shift of a query than wrote it.
         tl.debug_barrier()
 
     for first_key in range(0, tl.maximum(keys, 1), BLOCK_N):
-        key = first_key + tl.arange(0, BLOCK_N)
+        key = first_key + tl.arange(0, BLOCK_N)[:, None]
         k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
         dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
@@ -431,46 +453,42 @@ def _backward_kernel(
             begin = tl.maximum(first_key + queries - keys, 0) // BLOCK_M * BLOCK_M
         for member in range(GROUP):
             head = first_head + member
+            q_of_head = _of_head(q_ptr, head, q_head)
+            grad_of_head = _of_head(grad_ptr, head, grad_head)
+            bias = _of_head(bias_ptr, head, bias_head)
+            grad_scores = _of_head(grad_scores_ptr, head, scores_head)
             if seed_ptr is not None:
                 bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
-            at = head.to(tl.int64)
             for first in range(begin, queries, BLOCK_M):
-                row = first + tl.arange(0, BLOCK_M)
-                q = _load_rows(q_ptr + at * q_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
-                grad = _load_rows(
-                    grad_ptr + at * grad_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D
-                )
-                lse = _finite(_row_numbers(lse_ptr, head, row, queries, HEADS))
-                inside, seen = _pairs(row, key, queries, keys, CAUSAL)
-                bias_place = at * bias_head + _pair_places(row, key, keys, BIAS_ROW)
-                scores_place = at * scores_head + _pair_places(row, key, keys, SCORES_ROW)
-                x = _logits(q, k, scale, bias_ptr, bias_place, inside, seen, ACC)
-                p = tl.exp(x - lse[:, None])
+                row = first + tl.arange(0, BLOCK_M)[None, :]
+                q = _load_rows(q_of_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
+                grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
+                lse = _finite(_row_numbers(lse_ptr + head, row, queries, HEADS))
+                x = _logits(k, q, scale, bias, row, key, queries, keys, BIAS_ROW, CAUSAL, ACC)
+                p = tl.exp(x - lse)
                 kept = p
-                dp = _product(grad, tl.trans(v), ACC)
+                dp = _product(v, tl.trans(grad), ACC)
                 if seed_ptr is not None:
                     m = _dropout(bits, row, key, drop_below, keep_scale)
                     kept = m * p
                     dp *= m
+                dv = _add_product(dv, kept.to(grad.dtype), grad, ACC)
                 if one_block:
-                    shift = tl.sum(p * dp, 1)
+                    shift = tl.sum(p * dp, 0, keep_dims=True)
                     if grad_lse_ptr is not None:
-                        shift -= _row_numbers(grad_lse_ptr, head, row, queries, HEADS)
+                        shift -= _row_numbers(grad_lse_ptr + head, row, queries, HEADS)
                 else:
-                    shift = _row_numbers(shift_ptr, head, row, queries, HEADS)
-                dx = _logit_grads(p, dp, shift, grad_scores_ptr, scores_place, inside, seen, ACC)
+                    shift = _row_numbers(shift_ptr + head, row, queries, HEADS)
+                dx = p * (dp - shift)
+                dx = _add_scores(dx, grad_scores, row, key, queries, keys, SCORES_ROW, CAUSAL, ACC)
+                dk = _add_product(dk, dx.to(q.dtype), q, ACC)
                 if one_block:
                     if dbias_ptr is not None:
-                        dbias = dx.to(dbias_ptr.dtype.element_ty)
-                        tl.store(
-                            dbias_ptr + _pair_places(row, key, keys, HEADS) + head, dbias, inside
-                        )
-                    dq = _product(dx.to(k.dtype), k, ACC)
+                        _store_pairs(dbias_ptr + head, dx, row, key, queries, keys, HEADS)
+                    dq = tl.trans(_product(tl.trans(k), dx.to(k.dtype), ACC) * scale)
                     _store_rows(
-                        dq_ptr + at * D, dq * scale, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D
+                        dq_ptr + head * D, dq, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D
                     )
-                dk = _add_product(dk, tl.trans(dx.to(q.dtype)), q, ACC)
-                dv = _add_product(dv, tl.trans(kept.to(grad.dtype)), grad, ACC)
         _store_rows(dk_ptr, dk * scale, first_key, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
         _store_rows(dv_ptr, dv, first_key, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
 
