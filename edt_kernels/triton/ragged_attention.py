@@ -32,27 +32,37 @@ def _bounds(offsets_ptr, molecule):
 
 
 @triton.jit
-def _row_places(
-    first, rows, ROW: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Where the rows `first` to first + BLOCK of a head's [rows, D] lie, and which numbers exist.
+def _from(ptr, first, ROW: tl.constexpr):
+    """Where the rows of a tile begin; ROW is from one row to the next."""
+    return ptr + tl.cast(first, tl.int64) * ROW
 
-    ROW is from one row to the next.
-    """
-    row = tl.arange(0, BLOCK)
-    column = tl.arange(0, BLOCK_D)
-    place = row.to(tl.int64)[:, None] * ROW + column[None, :] + tl.cast(first, tl.int64) * ROW
-    inside = (first + row < rows)[:, None]
-    return place, inside & (column < D)[None, :] if D < BLOCK_D else inside
+
+@triton.jit
+def _place(
+    rows_left, ROW: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Where the numbers of a head's tile [BLOCK, BLOCK_D] lie, and which of them exist."""
+    row = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    exists = row < rows_left
+    if D < BLOCK_D:
+        exists = exists & (column < D)
+    return row.to(tl.int64) * ROW + column, exists
 
 
 @triton.jit
 def _load_rows(
-    ptr, first, rows, ROW: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr,
+    first,
+    rows,
+    ROW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Tile [BLOCK, BLOCK_D], 0 where nothing exists."""
-    place, inside = _row_places(first, rows, ROW, D, BLOCK, BLOCK_D)
-    return tl.load(ptr + place, inside, 0.0)
+    """Tile of a head's [rows, D], 0 where nothing exists."""
+    place, exists = _place(rows - first, ROW, D, BLOCK, BLOCK_D)
+    return tl.load(_from(ptr, first, ROW) + place, exists, 0.0)
 
 
 @triton.jit
@@ -67,8 +77,8 @@ def _store_rows(
     BLOCK_D: tl.constexpr,
 ):
     """Inverse of `_load_rows`."""
-    place, inside = _row_places(first, rows, ROW, D, BLOCK, BLOCK_D)
-    tl.store(ptr + place, x.to(ptr.dtype.element_ty), inside)
+    place, exists = _place(rows - first, ROW, D, BLOCK, BLOCK_D)
+    tl.store(_from(ptr, first, ROW) + place, x.to(ptr.dtype.element_ty), exists)
 
 
 @triton.jit
@@ -92,15 +102,25 @@ def _seen(row, key, queries, keys, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _pair_places(row, key, keys, ROW: tl.constexpr):
-    """Where the pairs of a tile lie behind their molecule's first; ROW is from one to the next."""
-    return row.to(tl.int64) * keys * ROW + key.to(tl.int64) * ROW
+def _pair_places(row, key, queries, keys, ROW: tl.constexpr):
+    """Where the pairs of a tile lie behind their molecule's first, and which of them exist."""
+    place = row.to(tl.int64) * keys * ROW + key.to(tl.int64) * ROW
+    return place, (row < queries) & (key < keys)
+
+
+@triton.jit
+def _add_pairs(x, ptr, row, key, queries, keys, ROW: tl.constexpr):
+    """x of a tile and the numbers of its pairs, where there are any."""
+    if ptr is not None:
+        place, exists = _pair_places(row, key, queries, keys, ROW)
+        x += tl.load(ptr + place, exists, 0.0).to(x.dtype)
+    return x
 
 
 @triton.jit
 def _store_pairs(ptr, x, row, key, queries, keys, ROW: tl.constexpr):
-    place = ptr + _pair_places(row, key, keys, ROW)
-    tl.store(place, x.to(ptr.dtype.element_ty), (row < queries) & (key < keys))
+    place, exists = _pair_places(row, key, queries, keys, ROW)
+    tl.store(ptr + place, x.to(ptr.dtype.element_ty), exists)
 
 
 @triton.jit
@@ -134,28 +154,6 @@ def _product(a, b, ACC: tl.constexpr):
 @triton.jit
 def _add_product(total, a, b, ACC: tl.constexpr):
     return tl.dot(a, b, total, input_precision="ieee", out_dtype=ACC)
-
-
-@triton.jit
-def _logits(
-    a,
-    b,
-    scale,
-    bias_ptr,
-    row,
-    key,
-    queries,
-    keys,
-    BIAS_ROW: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """x of a tile: a and b are q and k, or k and q for its transpose."""
-    x = _product(a, tl.trans(b), ACC) * scale
-    if bias_ptr is not None:
-        inside = (row < queries) & (key < keys)
-        x += tl.load(bias_ptr + _pair_places(row, key, keys, BIAS_ROW), inside, 0.0).to(ACC)
-    return tl.where(_seen(row, key, queries, keys, CAUSAL), x, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["molecules", "rows", "pairs", "drop_below"])
@@ -238,10 +236,13 @@ def _forward_kernel(
         if CAUSAL and scores_ptr is None:
             end = tl.minimum(keys, first + BLOCK_M + keys - queries)
         for first_key in range(0, end, BLOCK_N):
+            key = first_key + tl.arange(0, BLOCK_N)[None, :]
             k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
             v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-            key = first_key + tl.arange(0, BLOCK_N)[None, :]
-            x = _logits(q, k, scale, bias_ptr, row, key, queries, keys, BIAS_ROW, CAUSAL, ACC)
+            x = _product(q, tl.trans(k), ACC) * scale
+            x = _add_pairs(x, bias_ptr, row, key, queries, keys, BIAS_ROW)
+            seen = _seen(row, key, queries, keys, CAUSAL)
+            x = tl.where(seen, x, float("-inf"))
             if scores_ptr is not None:
                 _store_pairs(scores_ptr, x, row, key, queries, keys, HEADS)
 
@@ -267,8 +268,8 @@ def _of_head(ptr, head, stride):
 
 
 @triton.jit
-def _row_numbers(ptr, row, queries, HEADS: tl.constexpr):
-    """A head's numbers of a block of queries, from [queries, HEADS]; 0 outside."""
+def _load_numbers(ptr, row, queries, HEADS: tl.constexpr):
+    """A head's numbers of the queries of a tile, from [queries, HEADS]; 0 where none exists."""
     return tl.load(ptr + row.to(tl.int64) * HEADS, row < queries, 0.0)
 
 
@@ -276,25 +277,6 @@ def _row_numbers(ptr, row, queries, HEADS: tl.constexpr):
 def _finite(lse):
     """0 in place of -inf: weights of a query that sees no key are e^(-inf - 0) = 0."""
     return tl.where(lse == float("-inf"), 0.0, lse)
-
-
-@triton.jit
-def _add_scores(
-    dx,
-    grad_scores_ptr,
-    row,
-    key,
-    queries,
-    keys,
-    SCORES_ROW: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """dx of a tile with the gradient of the scores, 0 where a key is not seen."""
-    if grad_scores_ptr is not None:
-        place = grad_scores_ptr + _pair_places(row, key, keys, SCORES_ROW)
-        dx += tl.load(place, (row < queries) & (key < keys), 0.0).to(ACC)
-    return tl.where(_seen(row, key, queries, keys, CAUSAL), dx, 0.0)
 
 
 @triton.jit(do_not_specialize=["molecules", "rows", "key_rows", "pairs", "drop_below"])
@@ -394,17 +376,17 @@ def _backward_kernel(
             q_of_head = _of_head(q_ptr, head, q_head)
             grad_of_head = _of_head(grad_ptr, head, grad_head)
             bias = _of_head(bias_ptr, head, bias_head)
-            grad_scores = _of_head(grad_scores_ptr, head, scores_head)
+            scores = _of_head(grad_scores_ptr, head, scores_head)
             if seed_ptr is not None:
                 bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
             for first in range(0, queries, BLOCK_M):
                 row = first + tl.arange(0, BLOCK_M)[None, :]
                 q = _load_rows(q_of_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
                 grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
-                lse = _finite(_row_numbers(lse_ptr + head, row, queries, HEADS))
+                lse = _finite(_load_numbers(lse_ptr + head, row, queries, HEADS))
                 shift = tl.zeros((1, BLOCK_M), ACC)
                 if grad_lse_ptr is not None:
-                    shift -= _row_numbers(grad_lse_ptr + head, row, queries, HEADS)
+                    shift -= _load_numbers(grad_lse_ptr + head, row, queries, HEADS)
                 end = keys
                 if CAUSAL:
                     end = tl.minimum(keys, first + BLOCK_M + keys - queries)
@@ -412,11 +394,14 @@ def _backward_kernel(
                     key = first_key + tl.arange(0, BLOCK_N)[:, None]
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-                    x = _logits(k, q, scale, bias, row, key, queries, keys, BIAS_ROW, CAUSAL, ACC)
+                    seen = _seen(row, key, queries, keys, CAUSAL)
+                    x = _product(k, tl.trans(q), ACC) * scale
+                    x = _add_pairs(x, bias, row, key, queries, keys, BIAS_ROW)
+                    p = tl.exp(tl.where(seen, x, float("-inf")) - lse)
                     dp = _product(v, tl.trans(grad), ACC)
                     if seed_ptr is not None:
                         dp *= _dropout(bits, row, key, drop_below, keep_scale)
-                    shift += tl.sum(tl.exp(x - lse) * dp, 0, keep_dims=True)
+                    shift += tl.sum(p * dp, 0, keep_dims=True)
                 tl.store(shift_ptr + head + row.to(tl.int64) * HEADS, shift, row < queries)
 
                 dq = tl.zeros((BLOCK_D, BLOCK_M), ACC)
@@ -426,14 +411,16 @@ def _backward_kernel(
                     key = first_key + tl.arange(0, BLOCK_N)[:, None]
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-                    x = _logits(k, q, scale, bias, row, key, queries, keys, BIAS_ROW, CAUSAL, ACC)
+                    seen = _seen(row, key, queries, keys, CAUSAL)
+                    x = _product(k, tl.trans(q), ACC) * scale
+                    x = _add_pairs(x, bias, row, key, queries, keys, BIAS_ROW)
+                    p = tl.exp(tl.where(seen, x, float("-inf")) - lse)
                     dp = _product(v, tl.trans(grad), ACC)
                     if seed_ptr is not None:
                         dp *= _dropout(bits, row, key, drop_below, keep_scale)
-                    dx = tl.exp(x - lse) * (dp - shift)
-                    dx = _add_scores(
-                        dx, grad_scores, row, key, queries, keys, SCORES_ROW, CAUSAL, ACC
-                    )
+                    dx = p * (dp - shift)
+                    dx = _add_pairs(dx, scores, row, key, queries, keys, SCORES_ROW)
+                    dx = tl.where(seen, dx, 0.0)
                     if dbias_ptr is not None:
                         _store_pairs(dbias_ptr + head, dx, row, key, queries, keys, HEADS)
                     dq = _add_product(dq, tl.trans(k), dx.to(k.dtype), ACC)
@@ -456,16 +443,18 @@ def _backward_kernel(
             q_of_head = _of_head(q_ptr, head, q_head)
             grad_of_head = _of_head(grad_ptr, head, grad_head)
             bias = _of_head(bias_ptr, head, bias_head)
-            grad_scores = _of_head(grad_scores_ptr, head, scores_head)
+            scores = _of_head(grad_scores_ptr, head, scores_head)
             if seed_ptr is not None:
                 bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
             for first in range(begin, queries, BLOCK_M):
                 row = first + tl.arange(0, BLOCK_M)[None, :]
                 q = _load_rows(q_of_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
                 grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
-                lse = _finite(_row_numbers(lse_ptr + head, row, queries, HEADS))
-                x = _logits(k, q, scale, bias, row, key, queries, keys, BIAS_ROW, CAUSAL, ACC)
-                p = tl.exp(x - lse)
+                lse = _finite(_load_numbers(lse_ptr + head, row, queries, HEADS))
+                seen = _seen(row, key, queries, keys, CAUSAL)
+                x = _product(k, tl.trans(q), ACC) * scale
+                x = _add_pairs(x, bias, row, key, queries, keys, BIAS_ROW)
+                p = tl.exp(tl.where(seen, x, float("-inf")) - lse)
                 kept = p
                 dp = _product(v, tl.trans(grad), ACC)
                 if seed_ptr is not None:
@@ -476,11 +465,12 @@ def _backward_kernel(
                 if one_block:
                     shift = tl.sum(p * dp, 0, keep_dims=True)
                     if grad_lse_ptr is not None:
-                        shift -= _row_numbers(grad_lse_ptr + head, row, queries, HEADS)
+                        shift -= _load_numbers(grad_lse_ptr + head, row, queries, HEADS)
                 else:
-                    shift = _row_numbers(shift_ptr + head, row, queries, HEADS)
+                    shift = _load_numbers(shift_ptr + head, row, queries, HEADS)
                 dx = p * (dp - shift)
-                dx = _add_scores(dx, grad_scores, row, key, queries, keys, SCORES_ROW, CAUSAL, ACC)
+                dx = _add_pairs(dx, scores, row, key, queries, keys, SCORES_ROW)
+                dx = tl.where(seen, dx, 0.0)
                 dk = _add_product(dk, dx.to(q.dtype), q, ACC)
                 if one_block:
                     if dbias_ptr is not None:
