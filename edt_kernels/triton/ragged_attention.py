@@ -89,7 +89,21 @@ def _fill(ptr, begin, end, value, program, programs):
         tl.store(ptr + place, tl.full((1024,), value, ptr.dtype.element_ty), place < end)
 
 
-# Tiles of pairs are made of rows [BLOCK_M, 1] and keys [1, BLOCK_N], or of the transposed two.
+@triton.jit
+def _load_numbers(ptr, row, queries, HEADS: tl.constexpr):
+    """A head's numbers of the queries of a tile, from [queries, HEADS]; 0 where none exists."""
+    return tl.load(ptr + row.to(tl.int64) * HEADS, row < queries, 0.0)
+
+
+@triton.jit
+def _store_numbers(ptr, x, row, queries, HEADS: tl.constexpr):
+    tl.store(ptr + row.to(tl.int64) * HEADS, x, row < queries)
+
+
+@triton.jit
+def _finite(x):
+    """0 in place of -inf: where no key is seen, weights are e^(-inf - 0) = 0."""
+    return tl.where(x == float("-inf"), 0.0, x)
 
 
 @triton.jit
@@ -102,24 +116,24 @@ def _seen(row, key, queries, keys, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _pair_places(row, key, queries, keys, ROW: tl.constexpr):
+def _pair_places(row, key, queries, keys, ROW: tl.constexpr, INDEX: tl.constexpr):
     """Where the pairs of a tile lie behind their molecule's first, and which of them exist."""
-    place = row.to(tl.int64) * keys * ROW + key.to(tl.int64) * ROW
+    place = row.to(INDEX) * keys * ROW + key.to(INDEX) * ROW
     return place, (row < queries) & (key < keys)
 
 
 @triton.jit
-def _add_pairs(x, ptr, row, key, queries, keys, ROW: tl.constexpr):
+def _add_pairs(x, ptr, row, key, queries, keys, ROW: tl.constexpr, INDEX: tl.constexpr):
     """x of a tile and the numbers of its pairs, where there are any."""
     if ptr is not None:
-        place, exists = _pair_places(row, key, queries, keys, ROW)
+        place, exists = _pair_places(row, key, queries, keys, ROW, INDEX)
         x += tl.load(ptr + place, exists, 0.0).to(x.dtype)
     return x
 
 
 @triton.jit
-def _store_pairs(ptr, x, row, key, queries, keys, ROW: tl.constexpr):
-    place, exists = _pair_places(row, key, queries, keys, ROW)
+def _store_pairs(ptr, x, row, key, queries, keys, ROW: tl.constexpr, INDEX: tl.constexpr):
+    place, exists = _pair_places(row, key, queries, keys, ROW, INDEX)
     tl.store(ptr + place, x.to(ptr.dtype.element_ty), exists)
 
 
@@ -133,7 +147,9 @@ def _mix(x):
 
 @triton.jit
 def _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE: tl.constexpr):
-    """What the dropout of a molecule and a head starts from."""
+    """What the dropout of a molecule and a head starts from; None without dropout."""
+    if seed_ptr is None:
+        return None
     seed = tl.load(seed_ptr + molecule) if SEED_PER_MOLECULE else tl.load(seed_ptr)
     bits = _mix(_mix(seed.to(tl.uint32)) + (seed >> 32).to(tl.uint32))
     return _mix(bits + head.to(tl.uint32))
@@ -154,6 +170,27 @@ def _product(a, b, ACC: tl.constexpr):
 @triton.jit
 def _add_product(total, a, b, ACC: tl.constexpr):
     return tl.dot(a, b, total, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def _logits(
+    q,
+    k,
+    scale,
+    bias_ptr,
+    row,
+    key,
+    queries,
+    keys,
+    BIAS_ROW: tl.constexpr,
+    INDEX: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """x of a tile, -inf where a key is not seen."""
+    x = _product(q, tl.trans(k), ACC) * scale
+    x = _add_pairs(x, bias_ptr, row, key, queries, keys, BIAS_ROW, INDEX)
+    return tl.where(_seen(row, key, queries, keys, CAUSAL), x, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["molecules", "rows", "pairs", "drop_below"])
@@ -186,11 +223,13 @@ def _forward_kernel(
     K_ROW: tl.constexpr,
     V_ROW: tl.constexpr,
     BIAS_ROW: tl.constexpr,
+    INDEX: tl.constexpr,
     CAUSAL: tl.constexpr,
     SEED_PER_MOLECULE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LOOP_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -221,44 +260,58 @@ def _forward_kernel(
         bias_ptr += pair * BIAS_ROW + head.to(tl.int64) * bias_head
     if scores_ptr is not None:
         scores_ptr += pair * HEADS + head
-    if seed_ptr is not None:
-        bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
+    bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
     scale = tl.full((), scale, ACC)
     keep_scale = tl.full((), keep_scale, ACC)
 
-    for first in range(0, queries, BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)[:, None]
-        q = _load_rows(q_ptr, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
-        top = tl.full((BLOCK_M, 1), float("-inf"), ACC)
-        total = tl.zeros((BLOCK_M, 1), ACC)
-        out = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-        end = keys
-        if CAUSAL and scores_ptr is None:
-            end = tl.minimum(keys, first + BLOCK_M + keys - queries)
-        for first_key in range(0, end, BLOCK_N):
-            key = first_key + tl.arange(0, BLOCK_N)[None, :]
-            k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
-            v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-            x = _product(q, tl.trans(k), ACC) * scale
-            x = _add_pairs(x, bias_ptr, row, key, queries, keys, BIAS_ROW)
-            seen = _seen(row, key, queries, keys, CAUSAL)
-            x = tl.where(seen, x, float("-inf"))
-            if scores_ptr is not None:
-                _store_pairs(scores_ptr, x, row, key, queries, keys, HEADS)
-
-            higher = tl.maximum(top, tl.max(x, 1, keep_dims=True))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            shrink = tl.exp(top - shift)
-            p = tl.exp(x - shift)
-            total = total * shrink + tl.sum(p, 1, keep_dims=True)
-            if seed_ptr is not None:
-                p *= _dropout(bits, row, key, drop_below, keep_scale)
-            out = _add_product(out * shrink, p.to(v.dtype), v, ACC)
-            top = higher
-
+    if (queries <= BLOCK_M) & (keys <= BLOCK_N):
+        row = tl.arange(0, BLOCK_M)[:, None]
+        key = tl.arange(0, BLOCK_N)[None, :]
+        q = _load_rows(q_ptr, 0, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
+        k = _load_rows(k_ptr, 0, keys, K_ROW, D, BLOCK_N, BLOCK_D)
+        v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
+        x = _logits(q, k, scale, bias_ptr, row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC)
+        if scores_ptr is not None:
+            _store_pairs(scores_ptr, x, row, key, queries, keys, HEADS, INDEX)
+        top = tl.max(x, 1, keep_dims=True)
+        p = tl.exp(x - _finite(top))
+        total = tl.sum(p, 1, keep_dims=True)
+        if seed_ptr is not None:
+            p *= _dropout(bits, row, key, drop_below, keep_scale)
+        out = _product(p.to(v.dtype), v, ACC)
         total = tl.where(total == 0, 1.0, total)
-        _store_rows(out_ptr, out / total, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
-        tl.store(lse_ptr + row.to(tl.int64) * HEADS, top + tl.log(total), row < queries)
+        _store_rows(out_ptr, out / total, 0, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
+        _store_numbers(lse_ptr, top + tl.log(total), row, queries, HEADS)
+    else:
+        for first in range(0, queries, BLOCK_M):
+            row = first + tl.arange(0, BLOCK_M)[:, None]
+            q = _load_rows(q_ptr, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
+            top = tl.full((BLOCK_M, 1), float("-inf"), ACC)
+            total = tl.zeros((BLOCK_M, 1), ACC)
+            out = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+            end = keys
+            if CAUSAL and scores_ptr is None:
+                end = tl.minimum(keys, first + BLOCK_M + keys - queries)
+            for first_key in range(0, end, LOOP_N):
+                key = first_key + tl.arange(0, LOOP_N)[None, :]
+                k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
+                v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
+                x = _logits(
+                    q, k, scale, bias_ptr, row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC
+                )
+                if scores_ptr is not None:
+                    _store_pairs(scores_ptr, x, row, key, queries, keys, HEADS, INDEX)
+                higher = tl.maximum(top, tl.max(x, 1, keep_dims=True))
+                shrink = tl.exp(top - _finite(higher))
+                p = tl.exp(x - _finite(higher))
+                total = total * shrink + tl.sum(p, 1, keep_dims=True)
+                if seed_ptr is not None:
+                    p *= _dropout(bits, row, key, drop_below, keep_scale)
+                out = _add_product(out * shrink, p.to(v.dtype), v, ACC)
+                top = higher
+            total = tl.where(total == 0, 1.0, total)
+            _store_rows(out_ptr, out / total, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
+            _store_numbers(lse_ptr, top + tl.log(total), row, queries, HEADS)
 
 
 @triton.jit
@@ -268,15 +321,59 @@ def _of_head(ptr, head, stride):
 
 
 @triton.jit
-def _load_numbers(ptr, row, queries, HEADS: tl.constexpr):
-    """A head's numbers of the queries of a tile, from [queries, HEADS]; 0 where none exists."""
-    return tl.load(ptr + row.to(tl.int64) * HEADS, row < queries, 0.0)
+def _recompute(
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    scale,
+    bias_ptr,
+    bits,
+    drop_below,
+    keep_scale,
+    row,
+    key,
+    queries,
+    keys,
+    BIAS_ROW: tl.constexpr,
+    INDEX: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """P, M P and dP of a tile."""
+    x = _logits(q, k, scale, bias_ptr, row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC)
+    p = tl.exp(x - _finite(lse))
+    dp = _product(grad, tl.trans(v), ACC)
+    if bits is None:
+        return p, p, dp
+    m = _dropout(bits, row, key, drop_below, keep_scale)
+    return p, m * p, m * dp
 
 
 @triton.jit
-def _finite(lse):
-    """0 in place of -inf: weights of a query that sees no key are e^(-inf - 0) = 0."""
-    return tl.where(lse == float("-inf"), 0.0, lse)
+def _logit_grads(
+    p,
+    dp,
+    shift,
+    grad_scores_ptr,
+    dbias_ptr,
+    row,
+    key,
+    queries,
+    keys,
+    SCORES_ROW: tl.constexpr,
+    HEADS: tl.constexpr,
+    INDEX: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """dx of a tile, given delta - dlse of its queries; what of it is the bias's is stored."""
+    dx = p * (dp - shift)
+    dx = _add_pairs(dx, grad_scores_ptr, row, key, queries, keys, SCORES_ROW, INDEX)
+    dx = tl.where(_seen(row, key, queries, keys, CAUSAL), dx, 0.0)
+    if dbias_ptr is not None:
+        _store_pairs(dbias_ptr, dx, row, key, queries, keys, HEADS, INDEX)
+    return dx
 
 
 @triton.jit(do_not_specialize=["molecules", "rows", "key_rows", "pairs", "drop_below"])
@@ -320,11 +417,13 @@ def _backward_kernel(
     K_ROW: tl.constexpr,
     V_ROW: tl.constexpr,
     BIAS_ROW: tl.constexpr,
+    INDEX: tl.constexpr,
     CAUSAL: tl.constexpr,
     SEED_PER_MOLECULE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LOOP_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     KV_HEADS: tl.constexpr = HEADS // GROUP
@@ -368,119 +467,125 @@ def _backward_kernel(
         dbias_ptr += pair * HEADS
     scale = tl.full((), scale, ACC)
     keep_scale = tl.full((), keep_scale, ACC)
-    one_block = keys <= BLOCK_N
-
-    if not one_block:
+    if (GROUP == 1) & (queries <= BLOCK_M) & (keys <= BLOCK_N):
+        head = kv_head
+        row = tl.arange(0, BLOCK_M)[:, None]
+        key = tl.arange(0, BLOCK_N)[None, :]
+        q = _load_rows(_of_head(q_ptr, head, q_head), 0, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
+        k = _load_rows(k_ptr, 0, keys, K_ROW, D, BLOCK_N, BLOCK_D)
+        grad = _of_head(grad_ptr, head, grad_head)
+        grad = _load_rows(grad, 0, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
+        v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
+        lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
+        bias = _of_head(bias_ptr, head, bias_head)
+        scores = _of_head(grad_scores_ptr, head, scores_head)
+        dbias = _of_head(dbias_ptr, head, 1)
+        bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
+        p, kept, dp = _recompute(
+            *(q, k, v, grad, lse, scale, bias, bits, drop_below, keep_scale),
+            *(row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC),
+        )
+        dv = _product(tl.trans(grad), kept.to(grad.dtype), ACC)
+        _store_rows(dv_ptr, tl.trans(dv), 0, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
+        shift = tl.sum(p * dp, 1, keep_dims=True)
+        if grad_lse_ptr is not None:
+            shift -= _load_numbers(grad_lse_ptr + head, row, queries, HEADS)
+        dx = _logit_grads(
+            *(p, dp, shift, scores, dbias, row, key, queries, keys),
+            *(SCORES_ROW, HEADS, INDEX, CAUSAL),
+        ).to(q.dtype)
+        dk = _product(tl.trans(q), dx, ACC) * scale
+        _store_rows(dk_ptr, tl.trans(dk), 0, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
+        dq = _product(dx, k, ACC) * scale
+        dq_ptr += head * D
+        _store_rows(dq_ptr, dq, 0, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
+    else:
         for member in range(GROUP):
             head = first_head + member
             q_of_head = _of_head(q_ptr, head, q_head)
             grad_of_head = _of_head(grad_ptr, head, grad_head)
             bias = _of_head(bias_ptr, head, bias_head)
             scores = _of_head(grad_scores_ptr, head, scores_head)
-            if seed_ptr is not None:
-                bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
+            dbias = _of_head(dbias_ptr, head, 1)
+            bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
             for first in range(0, queries, BLOCK_M):
-                row = first + tl.arange(0, BLOCK_M)[None, :]
+                row = first + tl.arange(0, BLOCK_M)[:, None]
                 q = _load_rows(q_of_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
                 grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
-                lse = _finite(_load_numbers(lse_ptr + head, row, queries, HEADS))
-                shift = tl.zeros((1, BLOCK_M), ACC)
+                lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
+                shift = tl.zeros((BLOCK_M, 1), ACC)
                 if grad_lse_ptr is not None:
                     shift -= _load_numbers(grad_lse_ptr + head, row, queries, HEADS)
                 end = keys
                 if CAUSAL:
                     end = tl.minimum(keys, first + BLOCK_M + keys - queries)
-                for first_key in range(0, end, BLOCK_N):
-                    key = first_key + tl.arange(0, BLOCK_N)[:, None]
-                    k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
-                    v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-                    seen = _seen(row, key, queries, keys, CAUSAL)
-                    x = _product(k, tl.trans(q), ACC) * scale
-                    x = _add_pairs(x, bias, row, key, queries, keys, BIAS_ROW)
-                    p = tl.exp(tl.where(seen, x, float("-inf")) - lse)
-                    dp = _product(v, tl.trans(grad), ACC)
-                    if seed_ptr is not None:
-                        dp *= _dropout(bits, row, key, drop_below, keep_scale)
-                    shift += tl.sum(p * dp, 0, keep_dims=True)
-                tl.store(shift_ptr + head + row.to(tl.int64) * HEADS, shift, row < queries)
+                for first_key in range(0, end, LOOP_N):
+                    key = first_key + tl.arange(0, LOOP_N)[None, :]
+                    k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
+                    v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
+                    p, kept, dp = _recompute(
+                        *(q, k, v, grad, lse, scale, bias, bits, drop_below, keep_scale),
+                        *(row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC),
+                    )
+                    shift += tl.sum(p * dp, 1, keep_dims=True)
+                _store_numbers(shift_ptr + head, shift, row, queries, HEADS)
 
-                dq = tl.zeros((BLOCK_D, BLOCK_M), ACC)
+                dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
                 if dbias_ptr is not None:
                     end = keys
-                for first_key in range(0, end, BLOCK_N):
-                    key = first_key + tl.arange(0, BLOCK_N)[:, None]
-                    k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
-                    v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-                    seen = _seen(row, key, queries, keys, CAUSAL)
-                    x = _product(k, tl.trans(q), ACC) * scale
-                    x = _add_pairs(x, bias, row, key, queries, keys, BIAS_ROW)
-                    p = tl.exp(tl.where(seen, x, float("-inf")) - lse)
-                    dp = _product(v, tl.trans(grad), ACC)
-                    if seed_ptr is not None:
-                        dp *= _dropout(bits, row, key, drop_below, keep_scale)
-                    dx = p * (dp - shift)
-                    dx = _add_pairs(dx, scores, row, key, queries, keys, SCORES_ROW)
-                    dx = tl.where(seen, dx, 0.0)
-                    if dbias_ptr is not None:
-                        _store_pairs(dbias_ptr + head, dx, row, key, queries, keys, HEADS)
-                    dq = _add_product(dq, tl.trans(k), dx.to(k.dtype), ACC)
-                dq = tl.trans(dq * scale)
+                for first_key in range(0, end, LOOP_N):
+                    key = first_key + tl.arange(0, LOOP_N)[None, :]
+                    k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
+                    v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
+                    p, kept, dp = _recompute(
+                        *(q, k, v, grad, lse, scale, bias, bits, drop_below, keep_scale),
+                        *(row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC),
+                    )
+                    dx = _logit_grads(
+                        *(p, dp, shift, scores, dbias, row, key, queries, keys),
+                        *(SCORES_ROW, HEADS, INDEX, CAUSAL),
+                    ).to(q.dtype)
+                    dq = _add_product(dq, dx, k, ACC)
+                dq *= scale
                 _store_rows(dq_ptr + head * D, dq, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
+
         # Other threads of this program read the shift of a query than wrote it.
         tl.debug_barrier()
-
-    for first_key in range(0, tl.maximum(keys, 1), BLOCK_N):
-        key = first_key + tl.arange(0, BLOCK_N)[:, None]
-        k = _load_rows(k_ptr, first_key, keys, K_ROW, D, BLOCK_N, BLOCK_D)
-        v = _load_rows(v_ptr, first_key, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-        dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-        dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-        begin = 0
-        if CAUSAL and not one_block:
-            begin = tl.maximum(first_key + queries - keys, 0) // BLOCK_M * BLOCK_M
-        for member in range(GROUP):
-            head = first_head + member
-            q_of_head = _of_head(q_ptr, head, q_head)
-            grad_of_head = _of_head(grad_ptr, head, grad_head)
-            bias = _of_head(bias_ptr, head, bias_head)
-            scores = _of_head(grad_scores_ptr, head, scores_head)
-            if seed_ptr is not None:
+        for first_key in range(0, keys, LOOP_N):
+            key = first_key + tl.arange(0, LOOP_N)[None, :]
+            k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
+            v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
+            dk = tl.zeros((BLOCK_D, LOOP_N), ACC)
+            dv = tl.zeros((BLOCK_D, LOOP_N), ACC)
+            begin = 0
+            if CAUSAL:
+                begin = tl.maximum(first_key + queries - keys, 0) // BLOCK_M * BLOCK_M
+            for member in range(GROUP):
+                head = first_head + member
+                q_of_head = _of_head(q_ptr, head, q_head)
+                grad_of_head = _of_head(grad_ptr, head, grad_head)
+                bias = _of_head(bias_ptr, head, bias_head)
+                scores = _of_head(grad_scores_ptr, head, scores_head)
                 bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
-            for first in range(begin, queries, BLOCK_M):
-                row = first + tl.arange(0, BLOCK_M)[None, :]
-                q = _load_rows(q_of_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
-                grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
-                lse = _finite(_load_numbers(lse_ptr + head, row, queries, HEADS))
-                seen = _seen(row, key, queries, keys, CAUSAL)
-                x = _product(k, tl.trans(q), ACC) * scale
-                x = _add_pairs(x, bias, row, key, queries, keys, BIAS_ROW)
-                p = tl.exp(tl.where(seen, x, float("-inf")) - lse)
-                kept = p
-                dp = _product(v, tl.trans(grad), ACC)
-                if seed_ptr is not None:
-                    m = _dropout(bits, row, key, drop_below, keep_scale)
-                    kept = m * p
-                    dp *= m
-                dv = _add_product(dv, kept.to(grad.dtype), grad, ACC)
-                if one_block:
-                    shift = tl.sum(p * dp, 0, keep_dims=True)
-                    if grad_lse_ptr is not None:
-                        shift -= _load_numbers(grad_lse_ptr + head, row, queries, HEADS)
-                else:
+                for first in range(begin, queries, BLOCK_M):
+                    row = first + tl.arange(0, BLOCK_M)[:, None]
+                    q = _load_rows(q_of_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
+                    grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
+                    lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
                     shift = _load_numbers(shift_ptr + head, row, queries, HEADS)
-                dx = p * (dp - shift)
-                dx = _add_pairs(dx, scores, row, key, queries, keys, SCORES_ROW)
-                dx = tl.where(seen, dx, 0.0)
-                dk = _add_product(dk, dx.to(q.dtype), q, ACC)
-                if one_block:
-                    if dbias_ptr is not None:
-                        _store_pairs(dbias_ptr + head, dx, row, key, queries, keys, HEADS)
-                    dq = tl.trans(_product(tl.trans(k), dx.to(k.dtype), ACC) * scale)
-                    _store_rows(
-                        dq_ptr + head * D, dq, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D
+                    p, kept, dp = _recompute(
+                        *(q, k, v, grad, lse, scale, bias, bits, drop_below, keep_scale),
+                        *(row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC),
                     )
-        _store_rows(dk_ptr, dk * scale, first_key, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
-        _store_rows(dv_ptr, dv, first_key, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
+                    dv = _add_product(dv, tl.trans(grad), kept.to(grad.dtype), ACC)
+                    dx = _logit_grads(
+                        *(p, dp, shift, scores, None, row, key, queries, keys),
+                        *(SCORES_ROW, HEADS, INDEX, CAUSAL),
+                    ).to(q.dtype)
+                    dk = _add_product(dk, tl.trans(q), dx, ACC)
+            dk = tl.trans(dk * scale)
+            _store_rows(dk_ptr, dk, first_key, keys, KV_HEADS * D, D, LOOP_N, BLOCK_D)
+            _store_rows(dv_ptr, tl.trans(dv), first_key, keys, KV_HEADS * D, D, LOOP_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["molecules"])
@@ -509,10 +614,11 @@ def _pair_offsets_kernel(
 
 
 class Tiles(NamedTuple):
-    """A kernel's tile of queries and keys, and its warps."""
+    """A kernel's tile of queries and keys, the keys of a tile in loops, and warps."""
 
     queries: int
     keys: int
+    loop_keys: int
     warps: int
 
 
@@ -520,26 +626,26 @@ class Tiles(NamedTuple):
 # compiled kernels need (registers, shared memory, no spills), not measured: W programs of 4 warps
 # share a multiprocessor, and their loads in flight are what its share of the memory needs.
 _FORWARD = {
-    (2, 64): Tiles(64, 64, 4),
-    (2, 128): Tiles(64, 64, 4),
-    (2, 256): Tiles(64, 32, 4),
-    (4, 64): Tiles(32, 32, 4),
-    (4, 128): Tiles(32, 32, 4),
-    (4, 256): Tiles(32, 32, 4),
-    (8, 64): Tiles(16, 16, 4),
-    (8, 128): Tiles(16, 16, 4),
-    (8, 256): Tiles(16, 16, 4),
+    (2, 64): Tiles(64, 64, 32, 4),
+    (2, 128): Tiles(64, 64, 32, 4),
+    (2, 256): Tiles(64, 32, 32, 4),
+    (4, 64): Tiles(32, 32, 32, 4),
+    (4, 128): Tiles(32, 32, 32, 4),
+    (4, 256): Tiles(32, 32, 32, 4),
+    (8, 64): Tiles(16, 16, 32, 4),
+    (8, 128): Tiles(16, 16, 32, 4),
+    (8, 256): Tiles(16, 16, 32, 4),
 }
 _BACKWARD = {
-    (2, 64): Tiles(64, 64, 4),
-    (2, 128): Tiles(32, 64, 4),
-    (2, 256): Tiles(32, 32, 4),
-    (4, 64): Tiles(32, 32, 4),
-    (4, 128): Tiles(32, 32, 4),
-    (4, 256): Tiles(16, 32, 4),
-    (8, 64): Tiles(16, 16, 4),
-    (8, 128): Tiles(16, 16, 4),
-    (8, 256): Tiles(16, 16, 4),
+    (2, 64): Tiles(64, 64, 32, 4),
+    (2, 128): Tiles(32, 64, 32, 4),
+    (2, 256): Tiles(32, 32, 32, 4),
+    (4, 64): Tiles(32, 32, 32, 4),
+    (4, 128): Tiles(32, 32, 32, 4),
+    (4, 256): Tiles(16, 32, 32, 4),
+    (8, 64): Tiles(16, 16, 32, 4),
+    (8, 128): Tiles(16, 16, 32, 4),
+    (8, 256): Tiles(16, 16, 32, 4),
 }
 
 
@@ -614,6 +720,7 @@ def ragged_attention_general(
         *(q.stride(1), k.stride(1), v.stride(1), *_strides(bias)[1:]),
         *(molecules, rows, pairs),
         **_options(_FORWARD, q, k, v, bias, causal, scale, seed, dropout_p),
+        INDEX=_index(bias, scores),
     )
     return out, lse, scores
 
@@ -657,6 +764,7 @@ def ragged_attention_general_bwd(
         *(k.stride(1), v.stride(1), *_strides(bias)[1:]),
         *(molecules, rows, key_rows, pairs),
         **_options(_BACKWARD, q, k, v, bias, causal, scale, seed, dropout_p),
+        INDEX=_index(bias, grad_scores, dbias),
         GRAD_ROW=grad.stride(0),
         SCORES_ROW=_strides(grad_scores)[0],
     )
@@ -680,6 +788,12 @@ def _readable(x: Tensor) -> Tensor:
 
 def _strides(pairs: Tensor | None) -> tuple[int, int]:
     return (0, 0) if pairs is None else pairs.stride()
+
+
+def _index(*pairs: Tensor | None) -> tl.dtype:
+    """What counts pairs within a molecule: 64 bits cost registers, so only where they must be."""
+    far = any(x is not None and x.shape[0] * x.stride(0) >= 2**31 for x in pairs)
+    return tl.int64 if far else tl.int32
 
 
 def _seed(seed: Tensor | None, dropout_p: float) -> Tensor | None:
@@ -719,6 +833,7 @@ def _options(
         "ACC": accumulator(q.dtype),
         "BLOCK_M": tiles.queries,
         "BLOCK_N": tiles.keys,
+        "LOOP_N": tiles.loop_keys,
         "BLOCK_D": block_d,
         "num_warps": tiles.warps,
         "num_stages": 1,
