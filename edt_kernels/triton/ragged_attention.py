@@ -106,9 +106,14 @@ def _finite(x):
     return tl.where(x == float("-inf"), 0.0, x)
 
 
+# A tile of pairs is (row, key, queries, keys): the indices [BLOCK_M, 1] and [1, BLOCK_N] of its
+# queries and keys, and how many the molecule has.
+
+
 @triton.jit
-def _seen(row, key, queries, keys, CAUSAL: tl.constexpr):
+def _seen(tile, CAUSAL: tl.constexpr):
     """Which keys of a tile exist and are not hidden by causal: the last query sees all."""
+    row, key, queries, keys = tile
     seen = key < keys
     if CAUSAL:
         seen = seen & (key <= row + keys - queries)
@@ -116,24 +121,25 @@ def _seen(row, key, queries, keys, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _pair_places(row, key, queries, keys, ROW: tl.constexpr, INDEX: tl.constexpr):
+def _pair_places(tile, ROW: tl.constexpr, INDEX: tl.constexpr):
     """Where the pairs of a tile lie behind their molecule's first, and which of them exist."""
+    row, key, queries, keys = tile
     place = row.to(INDEX) * keys * ROW + key.to(INDEX) * ROW
     return place, (row < queries) & (key < keys)
 
 
 @triton.jit
-def _add_pairs(x, ptr, row, key, queries, keys, ROW: tl.constexpr, INDEX: tl.constexpr):
+def _add_pairs(x, ptr, tile, ROW: tl.constexpr, INDEX: tl.constexpr):
     """x of a tile and the numbers of its pairs, where there are any."""
     if ptr is not None:
-        place, exists = _pair_places(row, key, queries, keys, ROW, INDEX)
+        place, exists = _pair_places(tile, ROW, INDEX)
         x += tl.load(ptr + place, exists, 0.0).to(x.dtype)
     return x
 
 
 @triton.jit
-def _store_pairs(ptr, x, row, key, queries, keys, ROW: tl.constexpr, INDEX: tl.constexpr):
-    place, exists = _pair_places(row, key, queries, keys, ROW, INDEX)
+def _store_pairs(ptr, x, tile, ROW: tl.constexpr, INDEX: tl.constexpr):
+    place, exists = _pair_places(tile, ROW, INDEX)
     tl.store(ptr + place, x.to(ptr.dtype.element_ty), exists)
 
 
@@ -148,17 +154,18 @@ def _mix(x):
 @triton.jit
 def _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE: tl.constexpr):
     """What the dropout of a molecule and a head starts from; None without dropout."""
-    if seed_ptr is None:
-        return None
-    seed = tl.load(seed_ptr + molecule) if SEED_PER_MOLECULE else tl.load(seed_ptr)
-    bits = _mix(_mix(seed.to(tl.uint32)) + (seed >> 32).to(tl.uint32))
-    return _mix(bits + head.to(tl.uint32))
+    bits = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr + molecule) if SEED_PER_MOLECULE else tl.load(seed_ptr)
+        bits = _mix(_mix(seed.to(tl.uint32)) + (seed >> 32).to(tl.uint32))
+        bits = _mix(bits + head.to(tl.uint32))
+    return bits
 
 
 @triton.jit
-def _dropout(bits, row, key, drop_below, keep_scale):
+def _dropout(bits, tile, drop_below, keep_scale):
     """What dropout multiplies a tile of weights with: 0, or 1 / (1 - p)."""
-    bits = _mix(_mix(bits + row.to(tl.uint32)) + key.to(tl.uint32))
+    bits = _mix(_mix(bits + tile[0].to(tl.uint32)) + tile[1].to(tl.uint32))
     return tl.where(bits >= drop_below.to(tl.uint32), keep_scale, 0.0)
 
 
@@ -176,21 +183,17 @@ def _add_product(total, a, b, ACC: tl.constexpr):
 def _logits(
     q,
     k,
+    tile,
     scale,
     bias_ptr,
-    row,
-    key,
-    queries,
-    keys,
     BIAS_ROW: tl.constexpr,
     INDEX: tl.constexpr,
     CAUSAL: tl.constexpr,
-    ACC: tl.constexpr,
 ):
     """x of a tile, -inf where a key is not seen."""
-    x = _product(q, tl.trans(k), ACC) * scale
-    x = _add_pairs(x, bias_ptr, row, key, queries, keys, BIAS_ROW, INDEX)
-    return tl.where(_seen(row, key, queries, keys, CAUSAL), x, float("-inf"))
+    x = _product(q, tl.trans(k), scale.dtype) * scale
+    x = _add_pairs(x, bias_ptr, tile, BIAS_ROW, INDEX)
+    return tl.where(_seen(tile, CAUSAL), x, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["molecules", "rows", "pairs", "drop_below"])
@@ -270,14 +273,15 @@ def _forward_kernel(
         q = _load_rows(q_ptr, 0, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
         k = _load_rows(k_ptr, 0, keys, K_ROW, D, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-        x = _logits(q, k, scale, bias_ptr, row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC)
+        tile = row, key, queries, keys
+        x = _logits(q, k, tile, scale, bias_ptr, BIAS_ROW, INDEX, CAUSAL)
         if scores_ptr is not None:
-            _store_pairs(scores_ptr, x, row, key, queries, keys, HEADS, INDEX)
+            _store_pairs(scores_ptr, x, tile, HEADS, INDEX)
         top = tl.max(x, 1, keep_dims=True)
         p = tl.exp(x - _finite(top))
         total = tl.sum(p, 1, keep_dims=True)
         if seed_ptr is not None:
-            p *= _dropout(bits, row, key, drop_below, keep_scale)
+            p *= _dropout(bits, tile, drop_below, keep_scale)
         out = _product(p.to(v.dtype), v, ACC)
         total = tl.where(total == 0, 1.0, total)
         _store_rows(out_ptr, out / total, 0, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
@@ -296,17 +300,16 @@ def _forward_kernel(
                 key = first_key + tl.arange(0, LOOP_N)[None, :]
                 k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                 v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
-                x = _logits(
-                    q, k, scale, bias_ptr, row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC
-                )
+                tile = row, key, queries, keys
+                x = _logits(q, k, tile, scale, bias_ptr, BIAS_ROW, INDEX, CAUSAL)
                 if scores_ptr is not None:
-                    _store_pairs(scores_ptr, x, row, key, queries, keys, HEADS, INDEX)
+                    _store_pairs(scores_ptr, x, tile, HEADS, INDEX)
                 higher = tl.maximum(top, tl.max(x, 1, keep_dims=True))
                 shrink = tl.exp(top - _finite(higher))
                 p = tl.exp(x - _finite(higher))
                 total = total * shrink + tl.sum(p, 1, keep_dims=True)
                 if seed_ptr is not None:
-                    p *= _dropout(bits, row, key, drop_below, keep_scale)
+                    p *= _dropout(bits, tile, drop_below, keep_scale)
                 out = _add_product(out * shrink, p.to(v.dtype), v, ACC)
                 top = higher
             total = tl.where(total == 0, 1.0, total)
@@ -327,28 +330,25 @@ def _recompute(
     v,
     grad,
     lse,
-    scale,
+    tile,
+    factors,
     bias_ptr,
     bits,
-    drop_below,
-    keep_scale,
-    row,
-    key,
-    queries,
-    keys,
     BIAS_ROW: tl.constexpr,
     INDEX: tl.constexpr,
     CAUSAL: tl.constexpr,
-    ACC: tl.constexpr,
 ):
     """P, M P and dP of a tile."""
-    x = _logits(q, k, scale, bias_ptr, row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC)
+    scale, drop_below, keep_scale = factors
+    x = _logits(q, k, tile, scale, bias_ptr, BIAS_ROW, INDEX, CAUSAL)
     p = tl.exp(x - _finite(lse))
-    dp = _product(grad, tl.trans(v), ACC)
-    if bits is None:
-        return p, p, dp
-    m = _dropout(bits, row, key, drop_below, keep_scale)
-    return p, m * p, m * dp
+    kept = p
+    dp = _product(grad, tl.trans(v), scale.dtype)
+    if bits is not None:
+        m = _dropout(bits, tile, drop_below, keep_scale)
+        kept = m * p
+        dp = m * dp
+    return p, kept, dp
 
 
 @triton.jit
@@ -356,23 +356,19 @@ def _logit_grads(
     p,
     dp,
     shift,
+    tile,
     grad_scores_ptr,
     dbias_ptr,
-    row,
-    key,
-    queries,
-    keys,
     SCORES_ROW: tl.constexpr,
     HEADS: tl.constexpr,
     INDEX: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """dx of a tile, given delta - dlse of its queries; what of it is the bias's is stored."""
-    dx = p * (dp - shift)
-    dx = _add_pairs(dx, grad_scores_ptr, row, key, queries, keys, SCORES_ROW, INDEX)
-    dx = tl.where(_seen(row, key, queries, keys, CAUSAL), dx, 0.0)
+    dx = _add_pairs(p * (dp - shift), grad_scores_ptr, tile, SCORES_ROW, INDEX)
+    dx = tl.where(_seen(tile, CAUSAL), dx, 0.0)
     if dbias_ptr is not None:
-        _store_pairs(dbias_ptr, dx, row, key, queries, keys, HEADS, INDEX)
+        _store_pairs(dbias_ptr, dx, tile, HEADS, INDEX)
     return dx
 
 
@@ -466,7 +462,7 @@ def _backward_kernel(
         bias_ptr += pair * BIAS_ROW
         dbias_ptr += pair * HEADS
     scale = tl.full((), scale, ACC)
-    keep_scale = tl.full((), keep_scale, ACC)
+    factors = scale, drop_below, tl.full((), keep_scale, ACC)
     if (GROUP == 1) & (queries <= BLOCK_M) & (keys <= BLOCK_N):
         head = kv_head
         row = tl.arange(0, BLOCK_M)[:, None]
@@ -481,19 +477,18 @@ def _backward_kernel(
         scores = _of_head(grad_scores_ptr, head, scores_head)
         dbias = _of_head(dbias_ptr, head, 1)
         bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
+        tile = row, key, queries, keys
         p, kept, dp = _recompute(
-            *(q, k, v, grad, lse, scale, bias, bits, drop_below, keep_scale),
-            *(row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC),
+            q, k, v, grad, lse, tile, factors, bias, bits, BIAS_ROW, INDEX, CAUSAL
         )
         dv = _product(tl.trans(grad), kept.to(grad.dtype), ACC)
         _store_rows(dv_ptr, tl.trans(dv), 0, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
         shift = tl.sum(p * dp, 1, keep_dims=True)
         if grad_lse_ptr is not None:
             shift -= _load_numbers(grad_lse_ptr + head, row, queries, HEADS)
-        dx = _logit_grads(
-            *(p, dp, shift, scores, dbias, row, key, queries, keys),
-            *(SCORES_ROW, HEADS, INDEX, CAUSAL),
-        ).to(q.dtype)
+        dx = _logit_grads(p, dp, shift, tile, scores, dbias, SCORES_ROW, HEADS, INDEX, CAUSAL).to(
+            q.dtype
+        )
         dk = _product(tl.trans(q), dx, ACC) * scale
         _store_rows(dk_ptr, tl.trans(dk), 0, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
         dq = _product(dx, k, ACC) * scale
@@ -523,9 +518,9 @@ def _backward_kernel(
                     key = first_key + tl.arange(0, LOOP_N)[None, :]
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
+                    tile = row, key, queries, keys
                     p, kept, dp = _recompute(
-                        *(q, k, v, grad, lse, scale, bias, bits, drop_below, keep_scale),
-                        *(row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC),
+                        q, k, v, grad, lse, tile, factors, bias, bits, BIAS_ROW, INDEX, CAUSAL
                     )
                     shift += tl.sum(p * dp, 1, keep_dims=True)
                 _store_numbers(shift_ptr + head, shift, row, queries, HEADS)
@@ -537,13 +532,12 @@ def _backward_kernel(
                     key = first_key + tl.arange(0, LOOP_N)[None, :]
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
+                    tile = row, key, queries, keys
                     p, kept, dp = _recompute(
-                        *(q, k, v, grad, lse, scale, bias, bits, drop_below, keep_scale),
-                        *(row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC),
+                        q, k, v, grad, lse, tile, factors, bias, bits, BIAS_ROW, INDEX, CAUSAL
                     )
                     dx = _logit_grads(
-                        *(p, dp, shift, scores, dbias, row, key, queries, keys),
-                        *(SCORES_ROW, HEADS, INDEX, CAUSAL),
+                        p, dp, shift, tile, scores, dbias, SCORES_ROW, HEADS, INDEX, CAUSAL
                     ).to(q.dtype)
                     dq = _add_product(dq, dx, k, ACC)
                 dq *= scale
@@ -573,14 +567,13 @@ def _backward_kernel(
                     grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
                     lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
                     shift = _load_numbers(shift_ptr + head, row, queries, HEADS)
+                    tile = row, key, queries, keys
                     p, kept, dp = _recompute(
-                        *(q, k, v, grad, lse, scale, bias, bits, drop_below, keep_scale),
-                        *(row, key, queries, keys, BIAS_ROW, INDEX, CAUSAL, ACC),
+                        q, k, v, grad, lse, tile, factors, bias, bits, BIAS_ROW, INDEX, CAUSAL
                     )
                     dv = _add_product(dv, tl.trans(grad), kept.to(grad.dtype), ACC)
                     dx = _logit_grads(
-                        *(p, dp, shift, scores, None, row, key, queries, keys),
-                        *(SCORES_ROW, HEADS, INDEX, CAUSAL),
+                        p, dp, shift, tile, scores, None, SCORES_ROW, HEADS, INDEX, CAUSAL
                     ).to(q.dtype)
                     dk = _add_product(dk, tl.trans(q), dx, ACC)
             dk = tl.trans(dk * scale)
