@@ -106,14 +106,14 @@ def _finite(x):
     return tl.where(x == float("-inf"), 0.0, x)
 
 
-# A tile of pairs is (row, key, queries, keys): the indices [BLOCK_M, 1] and [1, BLOCK_N] of its
-# queries and keys, and how many the molecule has.
+# A tile of pairs is (head, row, key, queries, keys): its head, the indices [BLOCK_M, 1] and
+# [1, BLOCK_N] of its queries and keys, and how many the molecule has.
 
 
 @triton.jit
 def _seen(tile, CAUSAL: tl.constexpr):
     """Which keys of a tile exist and are not hidden by causal: the last query sees all."""
-    row, key, queries, keys = tile
+    _, row, key, queries, keys = tile
     seen = key < keys
     if CAUSAL:
         seen = seen & (key <= row + keys - queries)
@@ -121,26 +121,28 @@ def _seen(tile, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _pair_places(tile, ROW: tl.constexpr, INDEX: tl.constexpr):
-    """Where the pairs of a tile lie behind their molecule's first, and which of them exist."""
-    row, key, queries, keys = tile
-    place = row.to(INDEX) * keys * ROW + key.to(INDEX) * ROW
-    return place, (row < queries) & (key < keys)
+def _pair_places(ptr, tile, HEADS: tl.constexpr):
+    """Where a tile's pairs lie behind their molecule's first, and which of them exist."""
+    head, row, key, queries, keys = tile
+    places = row.to(tl.int64) * keys * HEADS + key * HEADS + head
+    return ptr + places, (row < queries) & (key < keys)
 
 
 @triton.jit
-def _add_pairs(x, ptr, tile, ROW: tl.constexpr, INDEX: tl.constexpr):
+def _add_pairs(x, ptr, tile, HEADS: tl.constexpr):
     """x of a tile and the numbers of its pairs, where there are any."""
     if ptr is not None:
-        place, exists = _pair_places(tile, ROW, INDEX)
-        x += tl.load(ptr + place, exists, 0.0).to(x.dtype)
+        places, exist = _pair_places(ptr, tile, HEADS)
+        x += tl.load(places, exist, 0.0).to(x.dtype)
     return x
 
 
 @triton.jit
-def _store_pairs(ptr, x, tile, ROW: tl.constexpr, INDEX: tl.constexpr):
-    place, exists = _pair_places(tile, ROW, INDEX)
-    tl.store(ptr + place, x.to(ptr.dtype.element_ty), exists)
+def _store_pairs(ptr, x, tile, HEADS: tl.constexpr):
+    """x of a tile, where it is wanted."""
+    if ptr is not None:
+        places, exist = _pair_places(ptr, tile, HEADS)
+        tl.store(places, x.to(ptr.dtype.element_ty), exist)
 
 
 @triton.jit
@@ -152,20 +154,12 @@ def _mix(x):
 
 
 @triton.jit
-def _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE: tl.constexpr):
-    """What the dropout of a molecule and a head starts from; None without dropout."""
-    bits = None
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr + molecule) if SEED_PER_MOLECULE else tl.load(seed_ptr)
-        bits = _mix(_mix(seed.to(tl.uint32)) + (seed >> 32).to(tl.uint32))
-        bits = _mix(bits + head.to(tl.uint32))
-    return bits
-
-
-@triton.jit
-def _dropout(bits, tile, drop_below, keep_scale):
+def _dropout(seed, tile, drop_below, keep_scale):
     """What dropout multiplies a tile of weights with: 0, or 1 / (1 - p)."""
-    bits = _mix(_mix(bits + tile[0].to(tl.uint32)) + tile[1].to(tl.uint32))
+    head, row, key, _, _ = tile
+    bits = _mix(_mix(seed.to(tl.uint32)) + (seed >> 32).to(tl.uint32))
+    bits = _mix(bits + head.to(tl.uint32))
+    bits = _mix(_mix(bits + row.to(tl.uint32)) + key.to(tl.uint32))
     return tl.where(bits >= drop_below.to(tl.uint32), keep_scale, 0.0)
 
 
@@ -186,13 +180,12 @@ def _logits(
     tile,
     scale,
     bias_ptr,
-    BIAS_ROW: tl.constexpr,
-    INDEX: tl.constexpr,
+    HEADS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """x of a tile, -inf where a key is not seen."""
     x = _product(q, tl.trans(k), scale.dtype) * scale
-    x = _add_pairs(x, bias_ptr, tile, BIAS_ROW, INDEX)
+    x = _add_pairs(x, bias_ptr, tile, HEADS)
     return tl.where(_seen(tile, CAUSAL), x, float("-inf"))
 
 
@@ -212,7 +205,6 @@ def _forward_kernel(
     q_head,
     k_head,
     v_head,
-    bias_head,
     molecules,
     rows,
     pairs,
@@ -225,8 +217,6 @@ def _forward_kernel(
     Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr,
     V_ROW: tl.constexpr,
-    BIAS_ROW: tl.constexpr,
-    INDEX: tl.constexpr,
     CAUSAL: tl.constexpr,
     SEED_PER_MOLECULE: tl.constexpr,
     ACC: tl.constexpr,
@@ -260,10 +250,12 @@ def _forward_kernel(
     if pair_offsets_ptr is not None:
         pair = tl.load(pair_offsets_ptr + molecule)
     if bias_ptr is not None:
-        bias_ptr += pair * BIAS_ROW + head.to(tl.int64) * bias_head
+        bias_ptr += pair * HEADS
     if scores_ptr is not None:
-        scores_ptr += pair * HEADS + head
-    bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
+        scores_ptr += pair * HEADS
+    seed = seed_ptr
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr + molecule if SEED_PER_MOLECULE else seed_ptr)
     scale = tl.full((), scale, ACC)
     keep_scale = tl.full((), keep_scale, ACC)
 
@@ -273,15 +265,14 @@ def _forward_kernel(
         q = _load_rows(q_ptr, 0, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
         k = _load_rows(k_ptr, 0, keys, K_ROW, D, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-        tile = row, key, queries, keys
-        x = _logits(q, k, tile, scale, bias_ptr, BIAS_ROW, INDEX, CAUSAL)
-        if scores_ptr is not None:
-            _store_pairs(scores_ptr, x, tile, HEADS, INDEX)
+        tile = head, row, key, queries, keys
+        x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL)
+        _store_pairs(scores_ptr, x, tile, HEADS)
         top = tl.max(x, 1, keep_dims=True)
         p = tl.exp(x - _finite(top))
         total = tl.sum(p, 1, keep_dims=True)
         if seed_ptr is not None:
-            p *= _dropout(bits, tile, drop_below, keep_scale)
+            p *= _dropout(seed, tile, drop_below, keep_scale)
         out = _product(p.to(v.dtype), v, ACC)
         total = tl.where(total == 0, 1.0, total)
         _store_rows(out_ptr, out / total, 0, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
@@ -300,16 +291,15 @@ def _forward_kernel(
                 key = first_key + tl.arange(0, LOOP_N)[None, :]
                 k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                 v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
-                tile = row, key, queries, keys
-                x = _logits(q, k, tile, scale, bias_ptr, BIAS_ROW, INDEX, CAUSAL)
-                if scores_ptr is not None:
-                    _store_pairs(scores_ptr, x, tile, HEADS, INDEX)
+                tile = head, row, key, queries, keys
+                x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL)
+                _store_pairs(scores_ptr, x, tile, HEADS)
                 higher = tl.maximum(top, tl.max(x, 1, keep_dims=True))
                 shrink = tl.exp(top - _finite(higher))
                 p = tl.exp(x - _finite(higher))
                 total = total * shrink + tl.sum(p, 1, keep_dims=True)
                 if seed_ptr is not None:
-                    p *= _dropout(bits, tile, drop_below, keep_scale)
+                    p *= _dropout(seed, tile, drop_below, keep_scale)
                 out = _add_product(out * shrink, p.to(v.dtype), v, ACC)
                 top = higher
             total = tl.where(total == 0, 1.0, total)
@@ -319,8 +309,8 @@ def _forward_kernel(
 
 @triton.jit
 def _of_head(ptr, head, stride):
-    """Where a head's part of a tensor begins; None has none."""
-    return None if ptr is None else ptr + head.to(tl.int64) * stride
+    """Where a head's part of a tensor begins."""
+    return ptr + head.to(tl.int64) * stride
 
 
 @triton.jit
@@ -332,20 +322,19 @@ def _recompute(
     lse,
     tile,
     factors,
+    seed,
     bias_ptr,
-    bits,
-    BIAS_ROW: tl.constexpr,
-    INDEX: tl.constexpr,
+    HEADS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """P, M P and dP of a tile."""
     scale, drop_below, keep_scale = factors
-    x = _logits(q, k, tile, scale, bias_ptr, BIAS_ROW, INDEX, CAUSAL)
+    x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL)
     p = tl.exp(x - _finite(lse))
     kept = p
     dp = _product(grad, tl.trans(v), scale.dtype)
-    if bits is not None:
-        m = _dropout(bits, tile, drop_below, keep_scale)
+    if seed is not None:
+        m = _dropout(seed, tile, drop_below, keep_scale)
         kept = m * p
         dp = m * dp
     return p, kept, dp
@@ -359,16 +348,13 @@ def _logit_grads(
     tile,
     grad_scores_ptr,
     dbias_ptr,
-    SCORES_ROW: tl.constexpr,
     HEADS: tl.constexpr,
-    INDEX: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """dx of a tile, given delta - dlse of its queries; what of it is the bias's is stored."""
-    dx = _add_pairs(p * (dp - shift), grad_scores_ptr, tile, SCORES_ROW, INDEX)
+    dx = _add_pairs(p * (dp - shift), grad_scores_ptr, tile, HEADS)
     dx = tl.where(_seen(tile, CAUSAL), dx, 0.0)
-    if dbias_ptr is not None:
-        _store_pairs(dbias_ptr, dx, tile, HEADS, INDEX)
+    _store_pairs(dbias_ptr, dx, tile, HEADS)
     return dx
 
 
@@ -392,11 +378,9 @@ def _backward_kernel(
     dbias_ptr,  # [pairs, HEADS], or None
     shift_ptr,  # [rows, HEADS], delta - dlse of molecules of more than BLOCK_N keys
     grad_head,
-    scores_head,
     q_head,
     k_head,
     v_head,
-    bias_head,
     molecules,
     rows,
     key_rows,
@@ -408,12 +392,9 @@ def _backward_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     GRAD_ROW: tl.constexpr,
-    SCORES_ROW: tl.constexpr,
     Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr,
     V_ROW: tl.constexpr,
-    BIAS_ROW: tl.constexpr,
-    INDEX: tl.constexpr,
     CAUSAL: tl.constexpr,
     SEED_PER_MOLECULE: tl.constexpr,
     ACC: tl.constexpr,
@@ -457,11 +438,14 @@ def _backward_kernel(
     if pair_offsets_ptr is not None:
         pair = tl.load(pair_offsets_ptr + molecule)
     if grad_scores_ptr is not None:
-        grad_scores_ptr += pair * SCORES_ROW
+        grad_scores_ptr += pair * HEADS
     if bias_ptr is not None:
-        bias_ptr += pair * BIAS_ROW
+        bias_ptr += pair * HEADS
         dbias_ptr += pair * HEADS
     scale = tl.full((), scale, ACC)
+    seed = seed_ptr
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr + molecule if SEED_PER_MOLECULE else seed_ptr)
     factors = scale, drop_below, tl.full((), keep_scale, ACC)
     if (GROUP == 1) & (queries <= BLOCK_M) & (keys <= BLOCK_N):
         head = kv_head
@@ -473,22 +457,14 @@ def _backward_kernel(
         grad = _load_rows(grad, 0, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
         v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
         lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
-        bias = _of_head(bias_ptr, head, bias_head)
-        scores = _of_head(grad_scores_ptr, head, scores_head)
-        dbias = _of_head(dbias_ptr, head, 1)
-        bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
-        tile = row, key, queries, keys
-        p, kept, dp = _recompute(
-            q, k, v, grad, lse, tile, factors, bias, bits, BIAS_ROW, INDEX, CAUSAL
-        )
+        tile = head, row, key, queries, keys
+        p, kept, dp = _recompute(q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL)
         dv = _product(tl.trans(grad), kept.to(grad.dtype), ACC)
         _store_rows(dv_ptr, tl.trans(dv), 0, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
         shift = tl.sum(p * dp, 1, keep_dims=True)
         if grad_lse_ptr is not None:
             shift -= _load_numbers(grad_lse_ptr + head, row, queries, HEADS)
-        dx = _logit_grads(p, dp, shift, tile, scores, dbias, SCORES_ROW, HEADS, INDEX, CAUSAL).to(
-            q.dtype
-        )
+        dx = _logit_grads(p, dp, shift, tile, grad_scores_ptr, dbias_ptr, HEADS, CAUSAL).to(q.dtype)
         dk = _product(tl.trans(q), dx, ACC) * scale
         _store_rows(dk_ptr, tl.trans(dk), 0, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
         dq = _product(dx, k, ACC) * scale
@@ -499,10 +475,6 @@ def _backward_kernel(
             head = first_head + member
             q_of_head = _of_head(q_ptr, head, q_head)
             grad_of_head = _of_head(grad_ptr, head, grad_head)
-            bias = _of_head(bias_ptr, head, bias_head)
-            scores = _of_head(grad_scores_ptr, head, scores_head)
-            dbias = _of_head(dbias_ptr, head, 1)
-            bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
             for first in range(0, queries, BLOCK_M):
                 row = first + tl.arange(0, BLOCK_M)[:, None]
                 q = _load_rows(q_of_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
@@ -518,9 +490,9 @@ def _backward_kernel(
                     key = first_key + tl.arange(0, LOOP_N)[None, :]
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
-                    tile = row, key, queries, keys
+                    tile = head, row, key, queries, keys
                     p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, bias, bits, BIAS_ROW, INDEX, CAUSAL
+                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
                     )
                     shift += tl.sum(p * dp, 1, keep_dims=True)
                 _store_numbers(shift_ptr + head, shift, row, queries, HEADS)
@@ -532,12 +504,12 @@ def _backward_kernel(
                     key = first_key + tl.arange(0, LOOP_N)[None, :]
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
-                    tile = row, key, queries, keys
+                    tile = head, row, key, queries, keys
                     p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, bias, bits, BIAS_ROW, INDEX, CAUSAL
+                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
                     )
                     dx = _logit_grads(
-                        p, dp, shift, tile, scores, dbias, SCORES_ROW, HEADS, INDEX, CAUSAL
+                        p, dp, shift, tile, grad_scores_ptr, dbias_ptr, HEADS, CAUSAL
                     ).to(q.dtype)
                     dq = _add_product(dq, dx, k, ACC)
                 dq *= scale
@@ -558,23 +530,20 @@ def _backward_kernel(
                 head = first_head + member
                 q_of_head = _of_head(q_ptr, head, q_head)
                 grad_of_head = _of_head(grad_ptr, head, grad_head)
-                bias = _of_head(bias_ptr, head, bias_head)
-                scores = _of_head(grad_scores_ptr, head, scores_head)
-                bits = _head_bits(seed_ptr, molecule, head, SEED_PER_MOLECULE)
                 for first in range(begin, queries, BLOCK_M):
                     row = first + tl.arange(0, BLOCK_M)[:, None]
                     q = _load_rows(q_of_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
                     grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
                     lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
                     shift = _load_numbers(shift_ptr + head, row, queries, HEADS)
-                    tile = row, key, queries, keys
+                    tile = head, row, key, queries, keys
                     p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, bias, bits, BIAS_ROW, INDEX, CAUSAL
+                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
                     )
                     dv = _add_product(dv, tl.trans(grad), kept.to(grad.dtype), ACC)
-                    dx = _logit_grads(
-                        p, dp, shift, tile, scores, None, SCORES_ROW, HEADS, INDEX, CAUSAL
-                    ).to(q.dtype)
+                    dx = _logit_grads(p, dp, shift, tile, grad_scores_ptr, None, HEADS, CAUSAL).to(
+                        q.dtype
+                    )
                     dk = _add_product(dk, tl.trans(q), dx, ACC)
             dk = tl.trans(dk * scale)
             _store_rows(dk_ptr, dk, first_key, keys, KV_HEADS * D, D, LOOP_N, BLOCK_D)
@@ -710,10 +679,9 @@ def ragged_attention_general(
         (molecules * heads + TAIL_PROGRAMS,),
         *(q, k, v, bias, _seed(seed, dropout_p), q_offsets, k_offsets, pair_offsets),
         *(out, lse, scores if return_scores else None),
-        *(q.stride(1), k.stride(1), v.stride(1), *_strides(bias)[1:]),
+        *(q.stride(1), k.stride(1), v.stride(1)),
         *(molecules, rows, pairs),
-        **_options(_FORWARD, q, k, v, bias, causal, scale, seed, dropout_p),
-        INDEX=_index(bias, scores),
+        **_options(_FORWARD, q, k, v, causal, scale, seed, dropout_p),
     )
     return out, lse, scores
 
@@ -753,13 +721,11 @@ def ragged_attention_general_bwd(
         *(grad, grad_lse, grad_scores, q, k, v, bias, _seed(seed, dropout_p), lse),
         *(q_offsets, k_offsets, pair_offsets),
         *(dq, dk, dv, None if bias is None else dbias, torch.empty_like(lse)),
-        *(grad.stride(1), *_strides(grad_scores)[1:], q.stride(1)),
-        *(k.stride(1), v.stride(1), *_strides(bias)[1:]),
+        *(grad.stride(1), q.stride(1)),
+        *(k.stride(1), v.stride(1)),
         *(molecules, rows, key_rows, pairs),
-        **_options(_BACKWARD, q, k, v, bias, causal, scale, seed, dropout_p),
-        INDEX=_index(bias, grad_scores, dbias),
+        **_options(_BACKWARD, q, k, v, causal, scale, seed, dropout_p),
         GRAD_ROW=grad.stride(0),
-        SCORES_ROW=_strides(grad_scores)[0],
     )
     return dq, dk, dv, dbias
 
@@ -779,16 +745,6 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.data_ptr() % 16 == 0 else dense(x)
 
 
-def _strides(pairs: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if pairs is None else pairs.stride()
-
-
-def _index(*pairs: Tensor | None) -> tl.dtype:
-    """What counts pairs within a molecule: 64 bits cost registers, so only where they must be."""
-    far = any(x is not None and x.shape[0] * x.stride(0) >= 2**31 for x in pairs)
-    return tl.int64 if far else tl.int32
-
-
 def _seed(seed: Tensor | None, dropout_p: float) -> Tensor | None:
     return dense(seed) if dropout_p > 0 else None
 
@@ -798,7 +754,6 @@ def _options(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
     causal: bool,
     scale: float | None,
     seed: Tensor | None,
@@ -820,7 +775,6 @@ def _options(
         "Q_ROW": q.stride(0),
         "K_ROW": k.stride(0),
         "V_ROW": v.stride(0),
-        "BIAS_ROW": _strides(bias)[0],
         "CAUSAL": causal,
         "SEED_PER_MOLECULE": dropout_p > 0 and seed.numel() > 1,
         "ACC": accumulator(q.dtype),
