@@ -106,14 +106,15 @@ def _finite(x):
     return tl.where(x == float("-inf"), 0.0, x)
 
 
-# A tile of pairs is (head, row, key, queries, keys): its head, the indices [BLOCK_M, 1] and
-# [1, BLOCK_N] of its queries and keys, and how many the molecule has.
+# A tile of pairs is (head, row, key, queries, keys, pitch): its head, the indices [BLOCK_M, 1] and
+# [1, BLOCK_N] of its queries and keys, how many the molecule has, and the way from one query's
+# pairs to the next one's in [pairs, HEADS].
 
 
 @triton.jit
 def _seen(tile, CAUSAL: tl.constexpr):
     """Which keys of a tile exist and are not hidden by causal: the last query sees all."""
-    _, row, key, queries, keys = tile
+    _, row, key, queries, keys, _ = tile
     seen = key < keys
     if CAUSAL:
         seen = seen & (key <= row + keys - queries)
@@ -123,9 +124,8 @@ def _seen(tile, CAUSAL: tl.constexpr):
 @triton.jit
 def _pair_places(ptr, tile, HEADS: tl.constexpr):
     """Where a tile's pairs lie behind their molecule's first, and which of them exist."""
-    head, row, key, queries, keys = tile
-    places = row.to(tl.int64) * keys * HEADS + key * HEADS + head
-    return ptr + places, (row < queries) & (key < keys)
+    head, row, key, queries, keys, pitch = tile
+    return ptr + head + (row * pitch + key * HEADS), (row < queries) & (key < keys)
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def _mix(x):
 @triton.jit
 def _dropout(seed, tile, drop_below, keep_scale):
     """What dropout multiplies a tile of weights with: 0, or 1 / (1 - p)."""
-    head, row, key, _, _ = tile
+    head, row, key, _, _, _ = tile
     bits = _mix(_mix(seed.to(tl.uint32)) + (seed >> 32).to(tl.uint32))
     bits = _mix(bits + head.to(tl.uint32))
     bits = _mix(_mix(bits + row.to(tl.uint32)) + key.to(tl.uint32))
@@ -217,6 +217,7 @@ def _forward_kernel(
     Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr,
     V_ROW: tl.constexpr,
+    INDEX: tl.constexpr,
     CAUSAL: tl.constexpr,
     SEED_PER_MOLECULE: tl.constexpr,
     ACC: tl.constexpr,
@@ -256,6 +257,7 @@ def _forward_kernel(
     seed = seed_ptr
     if seed_ptr is not None:
         seed = tl.load(seed_ptr + molecule if SEED_PER_MOLECULE else seed_ptr)
+    pitch = keys.to(INDEX) * HEADS
     scale = tl.full((), scale, ACC)
     keep_scale = tl.full((), keep_scale, ACC)
 
@@ -265,7 +267,7 @@ def _forward_kernel(
         q = _load_rows(q_ptr, 0, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
         k = _load_rows(k_ptr, 0, keys, K_ROW, D, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-        tile = head, row, key, queries, keys
+        tile = head, row, key, queries, keys, pitch
         x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL)
         _store_pairs(scores_ptr, x, tile, HEADS)
         top = tl.max(x, 1, keep_dims=True)
@@ -291,7 +293,7 @@ def _forward_kernel(
                 key = first_key + tl.arange(0, LOOP_N)[None, :]
                 k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                 v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
-                tile = head, row, key, queries, keys
+                tile = head, row, key, queries, keys, pitch
                 x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL)
                 _store_pairs(scores_ptr, x, tile, HEADS)
                 higher = tl.maximum(top, tl.max(x, 1, keep_dims=True))
@@ -395,6 +397,7 @@ def _backward_kernel(
     Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr,
     V_ROW: tl.constexpr,
+    INDEX: tl.constexpr,
     CAUSAL: tl.constexpr,
     SEED_PER_MOLECULE: tl.constexpr,
     ACC: tl.constexpr,
@@ -442,6 +445,7 @@ def _backward_kernel(
     if bias_ptr is not None:
         bias_ptr += pair * HEADS
         dbias_ptr += pair * HEADS
+    pitch = keys.to(INDEX) * HEADS
     scale = tl.full((), scale, ACC)
     seed = seed_ptr
     if seed_ptr is not None:
@@ -457,7 +461,7 @@ def _backward_kernel(
         grad = _load_rows(grad, 0, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
         v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
         lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
-        tile = head, row, key, queries, keys
+        tile = head, row, key, queries, keys, pitch
         p, kept, dp = _recompute(q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL)
         dv = _product(tl.trans(grad), kept.to(grad.dtype), ACC)
         _store_rows(dv_ptr, tl.trans(dv), 0, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
@@ -490,7 +494,7 @@ def _backward_kernel(
                     key = first_key + tl.arange(0, LOOP_N)[None, :]
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
-                    tile = head, row, key, queries, keys
+                    tile = head, row, key, queries, keys, pitch
                     p, kept, dp = _recompute(
                         q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
                     )
@@ -504,7 +508,7 @@ def _backward_kernel(
                     key = first_key + tl.arange(0, LOOP_N)[None, :]
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
-                    tile = head, row, key, queries, keys
+                    tile = head, row, key, queries, keys, pitch
                     p, kept, dp = _recompute(
                         q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
                     )
@@ -536,7 +540,7 @@ def _backward_kernel(
                     grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
                     lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
                     shift = _load_numbers(shift_ptr + head, row, queries, HEADS)
-                    tile = head, row, key, queries, keys
+                    tile = head, row, key, queries, keys, pitch
                     p, kept, dp = _recompute(
                         q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
                     )
@@ -682,6 +686,7 @@ def ragged_attention_general(
         *(q.stride(1), k.stride(1), v.stride(1)),
         *(molecules, rows, pairs),
         **_options(_FORWARD, q, k, v, causal, scale, seed, dropout_p),
+        INDEX=_index(bias, scores),
     )
     return out, lse, scores
 
@@ -725,6 +730,7 @@ def ragged_attention_general_bwd(
         *(k.stride(1), v.stride(1)),
         *(molecules, rows, key_rows, pairs),
         **_options(_BACKWARD, q, k, v, causal, scale, seed, dropout_p),
+        INDEX=_index(bias, grad_scores),
         GRAD_ROW=grad.stride(0),
     )
     return dq, dk, dv, dbias
@@ -743,6 +749,11 @@ def _readable(x: Tensor) -> Tensor:
     Another alignment is another compiled kernel, which may sum in another order.
     """
     return x if x.stride(2) == 1 and x.data_ptr() % 16 == 0 else dense(x)
+
+
+def _index(*pairs: Tensor | None) -> tl.dtype:
+    """What counts pairs within a molecule: 64 bits cost registers, so only where it takes them."""
+    return tl.int64 if any(x is not None and x.numel() >= 2**31 for x in pairs) else tl.int32
 
 
 def _seed(seed: Tensor | None, dropout_p: float) -> Tensor | None:
