@@ -19,6 +19,7 @@ from edt_kernels import _native
 
 _LIBRARY = torch.library.Library("edt", "DEF")
 NAMES: list[str] = []  # of every op defined, in order
+LAUNCHERS: dict[str, Callable[[], Callable]] = {}  # by op, imports and returns its Triton launcher
 
 
 def define(
@@ -36,8 +37,10 @@ def define(
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    if triton is not None and _has_triton():
-        _LIBRARY.impl(name, _imported_at_first_call(*triton.split(":")), "CUDA")
+    if triton is not None:
+        launcher = LAUNCHERS[name] = _imported_once(*triton.split(":"))
+        if has_triton():
+            _LIBRARY.impl(name, lambda *args: launcher()(*args), "CUDA")
     # Gradients live in the autograd.Function of the public function: the raw op has none.
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"edt::{name}", fake, lib=_LIBRARY)
@@ -46,16 +49,17 @@ def define(
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed, which importing this package does not import."""
     return importlib.util.find_spec("triton") is not None
 
 
-def _imported_at_first_call(module: str, function: str) -> Callable:
+def _imported_once(module: str, function: str) -> Callable[[], Callable]:
     @functools.cache
     def launcher() -> Callable:
         return getattr(importlib.import_module(f"edt_kernels.triton.{module}"), function)
 
-    return lambda *args: launcher()(*args)
+    return launcher
 
 
 def kernel_checks(x: object) -> bool:

@@ -15,7 +15,18 @@ import torch
 if TYPE_CHECKING:
     from edt_kernels.triton.launch import Configuration
 
-MODULES = ("segment_softmax",)
+MODULES = (
+    "entropy",
+    "entropy_patches",
+    "find_patches",
+    "insert",
+    "linear_entropy",
+    "ragged_cat",
+    "segment_pool",
+    "segment_softmax",
+    "sort_ids",
+    "splice",
+)
 
 
 def configurations(device: torch.device | str) -> Iterator[Configuration]:

@@ -40,7 +40,7 @@ _recorded: list[Launch] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
-    """Run `kernel` on the device of its first argument, a tensor.
+    """Run `kernel` on the device of its first argument, a tensor or several.
 
     Args:
         kernel: a function that `triton.jit` decorates.
@@ -54,7 +54,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: 
         options = {name: named.pop(name) for name in constants if name not in kernel.arg_names}
         _recorded.append(Launch(kernel, named, options))
         return
-    device = arguments[0].device
+    first = arguments[0]
+    device = (first[0] if isinstance(first, tuple) else first).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*arguments, **constants)

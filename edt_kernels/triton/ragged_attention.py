@@ -775,7 +775,7 @@ def _options(
     if width > 256:
         raise ValueError(f"q must have shape [Tq, H, D] with D <= 256 on a GPU, got {width}")
     block_d = max(16, triton.next_power_of_2(width))
-    tiles = table[q.element_size(), max(64, block_d)]
+    tiles = table[q.element_size(), block_d]
     return {
         "scale": 1 / math.sqrt(width) if scale is None else float(scale),
         "drop_below": int(dropout_p * 2**32),

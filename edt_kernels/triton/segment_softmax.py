@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from edt_kernels.triton.launch import Configuration, launch
-from edt_kernels.triton.primitives import TAIL_PROGRAMS, accumulator, dense, zero_tail
+from edt_kernels.triton.primitives import accumulator, dense, tail_programs, zero_rows
 
 
 @triton.jit(do_not_specialize=["rows", "segments"])
@@ -30,7 +30,9 @@ def _segment_softmax_kernel(
     if segment >= segments:
         end = tl.load(offsets_ptr + segments).to(tl.int64)
         programs = tl.num_programs(0) - segments
-        zero_tail(out_ptr, end, rows, width, segment - segments, programs, column, BLOCK_N, BLOCK_D)
+        zero_rows(
+            out_ptr, end, rows, width, segment - segments, programs, column, BLOCK_N, BLOCK_D
+        )
         return
     begin = tl.load(offsets_ptr + segment).to(tl.int64)
     end = tl.load(offsets_ptr + segment + 1).to(tl.int64)
@@ -79,7 +81,9 @@ def _segment_softmax_bwd_kernel(
     if segment >= segments:
         end = tl.load(offsets_ptr + segments).to(tl.int64)
         programs = tl.num_programs(0) - segments
-        zero_tail(out_ptr, end, rows, width, segment - segments, programs, column, BLOCK_N, BLOCK_D)
+        zero_rows(
+            out_ptr, end, rows, width, segment - segments, programs, column, BLOCK_N, BLOCK_D
+        )
         return
     begin = tl.load(offsets_ptr + segment).to(tl.int64)
     end = tl.load(offsets_ptr + segment + 1).to(tl.int64)
@@ -123,10 +127,11 @@ def _launch(kernel, *inputs: Tensor, offsets: Tensor, out: Tensor) -> None:
         return
     rows, segments = out.shape[0], offsets.shape[0] - 1
     width = out.numel() // rows
-    block_d = min(64, triton.next_power_of_2(width))
+    columns = min(64, triton.next_power_of_2(width))
+    block = min(128, (512 if out.dtype == torch.float64 else 1024) // columns)
     launch(
         kernel,
-        (segments + TAIL_PROGRAMS, triton.cdiv(width, block_d)),
+        (segments + tail_programs(rows, block), triton.cdiv(width, columns)),
         *map(dense, inputs),
         dense(offsets),
         out,
@@ -134,8 +139,8 @@ def _launch(kernel, *inputs: Tensor, offsets: Tensor, out: Tensor) -> None:
         segments,
         width,
         ACC=accumulator(out.dtype),
-        BLOCK_N=min(128, 1024 // block_d),
-        BLOCK_D=block_d,
+        BLOCK_N=block,
+        BLOCK_D=columns,
         num_warps=4,
     )
 

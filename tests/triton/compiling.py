@@ -12,6 +12,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import KernelParam
 
 from edt_kernels.triton.launch import Launch
 
@@ -28,16 +29,25 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.bool: "i1",
+    torch.int8: "i8",
     torch.uint8: "u8",
 }
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel needs: registers of a thread, bytes of a program, bytes spilled."""
+    """What a compiled kernel needs, and what it leaves alone.
+
+    Attributes:
+        registers: of a thread.
+        shared: bytes of a program.
+        spills: bytes of a thread that do not fit its registers.
+        ignored: tensors that it neither reads nor writes: its code was thrown away.
+    """
 
     registers: int
     shared: int
     spills: int
+    ignored: list[str]
 
 
 def resources(launch: Launch, target: str) -> Resources:
@@ -47,26 +57,36 @@ def resources(launch: Launch, target: str) -> Resources:
     compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
     read = _of_amdgcn if target.startswith("gfx") else _of_cubin
     registers, spills = read(compiled.asm)
-    return Resources(registers, compiled.metadata.shared, spills)
+    pointers = re.findall(r"%([\w.]+): !tt.ptr", compiled.asm["ttgir"])
+    ignored = [p for p in pointers if len(re.findall(rf"%{p}\\b", compiled.asm["ttgir"])) == 1]
+    return Resources(registers, compiled.metadata.shared, spills, ignored)
 
 
 def specialised(launch: Launch) -> tuple[dict, dict, dict]:
     """Types, constants and divisibility by 16, as a launch with aligned tensors has them."""
     signature, constants, attributes = {}, {}, {}
+
+    def kind(value: object, path: tuple[int, ...], param: KernelParam | None) -> object:
+        """The type of an argument, or the types of a tuple."""
+        if isinstance(value, tuple):
+            # Triton specialises what is in a tuple whatever the parameter says.
+            return tuple(kind(entry, (*path, i), None) for i, entry in enumerate(value))
+        free = param is None or not param.do_not_specialize
+        constant = value is None or (free and type(value) is int and value == 1)
+        if constant or (param is not None and param.is_constexpr):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (free and type(value) is int and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return f"*{TYPES[value.dtype]}"
+        if isinstance(value, float):
+            return param.annotation_type or "fp32"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for i, param in enumerate(launch.kernel.params):
         value = launch.arguments[param.name] if param.name in launch.arguments else param.default
-        specialise = not param.do_not_specialize
-        if param.is_constexpr or value is None or (type(value) is int and value == 1 and specialise):
-            signature[param.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = f"*{TYPES[value.dtype]}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[param.name] = param.annotation_type or "fp32"
-        else:
-            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if specialise and value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[param.name] = kind(value, (i,), param)
     return signature, constants, attributes
 
 
