@@ -21,7 +21,7 @@ from torch import Tensor
 
 from edt_kernels.reference.entropy import accumulation_dtype
 from edt_kernels.triton.launch import launch
-from edt_kernels.triton.primitives import TAIL_PROGRAMS, accumulator, dense
+from edt_kernels.triton.primitives import accumulator, dense, tail_programs
 
 
 @triton.jit
@@ -678,9 +678,10 @@ def ragged_attention_general(
     out = q.new_empty(q.shape)
     lse = q.new_empty(rows, heads, dtype=accumulation_dtype(q.dtype))
     scores = q.new_empty(pairs, heads)
+    tail = tail_programs(max(out.numel(), scores.numel()), 1024)
     launch(
         _forward_kernel,
-        (molecules * heads + TAIL_PROGRAMS,),
+        (molecules * heads + tail,),
         *(q, k, v, bias, _seed(seed, dropout_p), q_offsets, k_offsets, pair_offsets),
         *(out, lse, scores if return_scores else None),
         *(q.stride(1), k.stride(1), v.stride(1)),
@@ -720,9 +721,10 @@ def ragged_attention_general_bwd(
     molecules = q_offsets.shape[0] - 1
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dbias = q.new_empty(pairs, heads)
+    tail = tail_programs(max(x.numel() for x in (dq, dk, dbias)), 1024)
     launch(
         _backward_kernel,
-        (molecules * kv_heads + TAIL_PROGRAMS,),
+        (molecules * kv_heads + tail,),
         *(grad, grad_lse, grad_scores, q, k, v, bias, _seed(seed, dropout_p), lse),
         *(q_offsets, k_offsets, pair_offsets),
         *(dq, dk, dv, None if bias is None else dbias, torch.empty_like(lse)),
