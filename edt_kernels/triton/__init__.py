@@ -21,6 +21,7 @@ MODULES = (
     "find_patches",
     "insert",
     "linear_entropy",
+    "ragged_attention",
     "ragged_cat",
     "segment_pool",
     "segment_softmax",
