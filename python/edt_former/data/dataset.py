@@ -120,13 +120,7 @@ def _wanted(part: Part, wants: Sequence[str]) -> np.ndarray:
         if name == "molecules":
             wanted &= np.diff(part.bounds) > 0
         elif name == "targets":
-            wanted &= np.array(
-                [
-                    any(t is not None for t in row or ())
-                    for row in part.plain["targets"].to_pylist()
-                ],
-                bool,
-            )
+            wanted &= part.has_targets()
         else:
             column = part.turns if name == "turns" else part.plain[name]
             wanted &= column.is_valid().to_numpy(zero_copy_only=False)

@@ -187,6 +187,11 @@ class Part:
         """bool, one per row: the row has no reason against it."""
         return np.array([reason == "" for reason in self.plain["reason"].to_pylist()], dtype=bool)
 
+    def has_targets(self) -> np.ndarray:
+        """bool, one per row: some target is known."""
+        rows = self.plain["targets"].to_pylist()
+        return np.array([any(t is not None for t in row or ()) for row in rows], dtype=bool)
+
     def atoms(self) -> np.ndarray:
         """int64, one per row: the atoms of all its molecules."""
         ends = self.cuts["atoms"][self.bounds] // WIDTHS["atoms"]

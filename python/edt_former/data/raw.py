@@ -80,7 +80,7 @@ def read_rows(path: Path | str, columns: Columns | None = None) -> Iterator[RawR
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "captions.txt")
-    ...     _ = path.write_text('CID\\tSMILES\\tdescription\\n7\\tC/C=C\\\\\\\\C\\tThe "E" form.\\n')
+    ...     _ = path.write_text('CID\\tSMILES\\ttext\\n7\\tC/C=C\\\\\\\\C\\tThe "E" form.\\n')
     ...     row = next(read_rows(path))
     >>> row.id, row.molecules, row.text
     ('7', ('C/C=C\\\\C',), 'The "E" form.')
