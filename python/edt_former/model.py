@@ -105,6 +105,8 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         config.text_config = language_model.config
         self.processor: MoleculeProcessor | None = None
         self._input_scale: float | None = None
+        # Processes that share a sharded model must gather the same layers, molecules or not.
+        self.always_encodes = False
         self.frozen_parts: dict[str, FrozenPart] = {}
         _check_widths(graph_encoder, connector, self.get_input_embeddings())
         if graph_encoder.features != config.features:
@@ -312,7 +314,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
                 f"molecule_counts must sum to the molecules of graph, {graph.num_molecules}, "
                 f"got {int(rows[-1])}"
             )
-        if graph.num_molecules or self.training:
+        if graph.num_molecules or self.training or self.always_encodes:
             tokens = self.encode(graph, patches)
         else:
             tokens = MoleculeTokens(embeds.new_zeros(0, embeds.shape[-1]), rows.new_zeros(1))

@@ -6,13 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from edt_former.data.format import Part, Row, part_paths, read_manifest
 from edt_former.tokens.patches import PatchOptions
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 OPEN_PARTS = 128
 """Files that a process keeps mapped; each costs a file descriptor."""
@@ -28,8 +31,8 @@ class PreparedData(Dataset):
 
     Args:
         folders: of `edt prepare`.
-        wants: what every row must have, of "text", "turns", "targets" and "molecules"; rows that
-            lack one are left out.
+        wants: what every row must have, of "text", "turns", "targets", "said" (a text or turns),
+            "molecule" (one) and "molecules" (one or more); rows that lack it are left out.
 
     Raises:
         FileNotFoundError: a folder has no complete data.
@@ -39,10 +42,9 @@ class PreparedData(Dataset):
     def __init__(
         self, folders: Path | str | Iterable[Path | str], *, wants: Sequence[str] = ()
     ) -> None:
-        known = ("text", "turns", "targets", "molecules")
-        unknown = [name for name in wants if name not in known]
+        unknown = [name for name in wants if name not in _HAVE]
         if unknown:
-            raise ValueError(f"wants must be of {', '.join(known)}, got {unknown[0]!r}")
+            raise ValueError(f"wants must be of {', '.join(_HAVE)}, got {unknown[0]!r}")
         single = isinstance(folders, Path | str)
         self.folders = [Path(folder) for folder in ([folders] if single else folders)]
         self.manifests = [read_manifest(folder) for folder in self.folders]
@@ -117,11 +119,19 @@ def _wanted(part: Part, wants: Sequence[str]) -> np.ndarray:
     """bool, one per row of a part."""
     wanted = part.usable()
     for name in wants:
-        if name == "molecules":
-            wanted &= np.diff(part.bounds) > 0
-        elif name == "targets":
-            wanted &= part.has_targets()
-        else:
-            column = part.turns if name == "turns" else part.plain[name]
-            wanted &= column.is_valid().to_numpy(zero_copy_only=False)
+        wanted &= _HAVE[name](part)
     return wanted
+
+
+def _valid(column: pa.Array) -> np.ndarray:
+    return column.is_valid().to_numpy(zero_copy_only=False)
+
+
+_HAVE = {
+    "text": lambda part: _valid(part.plain["text"]),
+    "turns": lambda part: _valid(part.turns),
+    "said": lambda part: _valid(part.plain["text"]) | _valid(part.turns),
+    "targets": Part.has_targets,
+    "molecule": lambda part: np.diff(part.bounds) == 1,
+    "molecules": lambda part: np.diff(part.bounds) > 0,
+}

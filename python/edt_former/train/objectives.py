@@ -21,7 +21,6 @@ from edt_former.language.frozen import (
     load_part,
     load_strictly,
     read_weights,
-    save_part,
     write_json,
     write_weights,
 )
@@ -136,19 +135,30 @@ class RepresentationLearning(nn.Module):
         self.begin_id, self.caption_position = begin_id, caption_position
         self.temperature, self.label_smoothing = temperature, label_smoothing
 
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Writes the connector to `connector/`, and the heads with their options to `heads/`.
 
         Args:
             folder: gets both.
             dtype: of floating-point weights on disk, None keeps them.
+            state_dict: used instead of the task's own.
         """
-        heads = Path(folder, HEADS)
-        heads.mkdir(parents=True, exist_ok=True)
-        save_part(self.connector, Path(folder, CONNECTOR), dtype=dtype)
-        write_json(heads / CONFIG, self.config)
-        state = {n: x for n, x in self.state_dict().items() if not n.startswith(f"{CONNECTOR}.")}
-        write_weights(heads / WEIGHTS, state, dtype)
+        state = self.state_dict() if state_dict is None else state_dict
+        inside = {n: x for n, x in state.items() if n.startswith(f"{CONNECTOR}.")}
+        heads = {n: x for n, x in state.items() if n not in inside}
+        inside = {n.removeprefix(f"{CONNECTOR}."): x for n, x in inside.items()}
+        configs = {CONNECTOR: self.connector.config, HEADS: self.config}
+        for name, weights in {CONNECTOR: inside, HEADS: heads}.items():
+            part = Path(folder, name)
+            part.mkdir(parents=True, exist_ok=True)
+            write_json(part / CONFIG, configs[name])
+            write_weights(part / WEIGHTS, weights, dtype)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Self:
