@@ -51,7 +51,7 @@ def save_checkpoint(
     if save_frozen:
         _save_frozen(model, folders, dtype)
     if save_frozen or frozen_folder is not None:
-        parts = {name: _part_in(model, name, where) for name, where in folders.items()}
+        parts = {name: part_in(model, name, where) for name, where in folders.items()}
     else:
         parts = {name: _known_part(model, name) for name in present_parts(model)}
     model.frozen_parts = parts
@@ -128,8 +128,8 @@ def _trained_inside(model: MoleculeLM, part: str) -> tuple[str, ...]:
     return tuple(n.removeprefix(prefix) for n in trained_names(model) if n.startswith(prefix))
 
 
-def _part_in(model: MoleculeLM, name: str, folder: Path) -> FrozenPart:
-    """A frozen part that is in `folder`."""
+def part_in(model: MoleculeLM, name: str, folder: Path) -> FrozenPart:
+    """A frozen part that is in `folder`, as a manifest names it."""
     without = _trained_inside(model, name)
     sha256 = content_hash(read_weights(folder), without=without)
     return FrozenPart(sha256, str(folder), folder.name, without)

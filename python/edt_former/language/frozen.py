@@ -174,6 +174,15 @@ def write_weights(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype 
     save_file(cast, file, metadata={"format": "pt"})
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON for people, indented; whole or not at all, whenever the run is killed."""
     partial = file.with_name(f"{file.name}.partial")

@@ -32,8 +32,9 @@ class Batches(Sampler[list[int]]):
         ValueError: a step has more rows than there are.
 
     Example:
-        >>> both = [Batches([9, 1, 1, 9], 4, batch_size=2, steps=1, rank=r, ranks=2) for r in (0, 1)]
-        >>> [sum([9, 1, 1, 9][row] for row in next(iter(batches))) for batches in both]
+        >>> costs, options = [9, 1, 1, 9], {"batch_size": 2, "steps": 1, "ranks": 2}
+        >>> both = [Batches(costs, 4, rank=rank, **options) for rank in (0, 1)]
+        >>> [sum(costs[row] for row in next(iter(batches))) for batches in both]
         [10, 10]
     """
 
@@ -51,7 +52,10 @@ class Batches(Sampler[list[int]]):
     ) -> None:
         self.per_step = batch_size * accumulation * ranks
         if self.per_step > rows:
-            raise ValueError(f"a step must have at most the {rows} rows there are, {self.per_step}")
+            raise ValueError(
+                f"batch_size * accumulation * processes must be at most the {rows} rows there "
+                f"are, got {self.per_step}"
+            )
         self.costs = None if costs is None else np.asarray(costs)
         self.rows, self.batch_size, self.accumulation = rows, batch_size, accumulation
         self.steps, self.seed, self.rank, self.ranks = steps, seed, rank, ranks

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from edt_former.extras import need
+
+
+def start_processes() -> None:
+    """Connects the processes that torchrun or accelerate started; nothing where there is one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        accelerate = need("accelerate", extra="train", purpose="training with several processes")
+        accelerate.PartialState(cpu=not torch.cuda.is_available())
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Process 0 is inside first, the others when it has left."""
+    if world_size() > 1 and rank() > 0:
+        dist.barrier()
+    yield
+    if world_size() > 1 and rank() == 0:
+        dist.barrier()
 
 
 def world_size() -> int:

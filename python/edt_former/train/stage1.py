@@ -29,6 +29,7 @@ from edt_former.train.parts import (
     read_graph_encoder,
 )
 from edt_former.train.provenance import describe_run
+from edt_former.train.ranks import main_first
 from edt_former.train.start import begin
 from edt_former.train.trainer import ConnectorTrainer
 from edt_former.train.words import FILE, Words
@@ -197,7 +198,8 @@ def train_stage1(config: Stage1Config) -> Path:
     if not config.tune_graph_encoder:
         encoder.freeze()
     data = PreparedData(config.data.train, wants=("text", "molecule"))
-    words = _words(config, data, out)
+    with main_first():
+        words = _words(config, data, out)
     connector = _connector(config, encoder, words)
     predictor, predictor_folder = needed_predictor(
         connector.patch_options, lambda: part_folder(PREDICTOR, config.predictor)

@@ -8,18 +8,19 @@ from typing import Any
 
 from edt_former.language.frozen import write_json
 from edt_former.train.config import EFFECTIVE, effective
-from edt_former.train.ranks import rank
+from edt_former.train.ranks import rank, start_processes
 
 MAY_CHANGE = ("out",)
 """Keys of a configuration that do not change what is trained."""
 
 
 def begin(config: Any) -> Path:
-    """Makes the folder of a run and saves the effective configuration in it.
+    """Makes the folder of a run and saves the effective configuration in it; connects processes.
 
     Raises:
         ValueError: the folder has a run that was told something else; it names the keys.
     """
+    start_processes()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     told, file = effective(config), out / EFFECTIVE

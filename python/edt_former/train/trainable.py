@@ -80,14 +80,16 @@ class TrainableSet:
     def table(self, model: nn.Module) -> str:
         """The parts of `model`, each with its values and how many of them are trained.
 
-        >>> print(TrainableSet.of(nn.Sequential(nn.Linear(2, 3))).table(nn.Sequential(nn.Linear(2, 3))))
+        >>> model = nn.Sequential(nn.Linear(2, 3))
+        >>> print(TrainableSet.of(model).table(model))
         part              values      trained
         0                      9            9
         in all                 9            9
         """
         parts: dict[str, list[int]] = {}
         for name, parameter in model.named_parameters():
-            row = parts.setdefault(name.partition(".")[0], [0, 0])
+            own = name.removeprefix("objective.").partition(".")[0]
+            row = parts.setdefault(own, [0, 0])
             row[0] += parameter.numel()
             row[1] += self.counts.get(name, 0)
         parts["in all"] = [sum(row[i] for row in parts.values()) for i in (0, 1)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import (
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -70,6 +71,7 @@ class ConnectorTrainer(Trainer):
         validation: rows for `evaluate`.
         workers: processes that read and collate rows.
         seed: of everything that is drawn.
+        tokenizer: saved beside the weights of a model that does not save its own.
         provenance: what made the model, written beside its weights.
         label: of the progress bar; None shows none.
 
@@ -91,6 +93,7 @@ class ConnectorTrainer(Trainer):
         validation: Dataset | None = None,
         workers: int = 0,
         seed: int = 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         provenance: Mapping[str, Any] | None = None,
         label: str | None = None,
     ) -> None:
@@ -117,6 +120,7 @@ class ConnectorTrainer(Trainer):
             data_collator=collate,
             train_dataset=data,
             eval_dataset=validation,
+            processing_class=tokenizer,
         )
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -235,6 +239,8 @@ class ConnectorTrainer(Trainer):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self.whole_model.save_pretrained(folder, state_dict=state)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
             write_provenance(folder, {**self.provenance, "step": self.state.global_step})
 
     def _wrap_model(self, model: nn.Module, training: bool = True, **options: Any) -> nn.Module:
