@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from edt_former.language.adapters import base_of, plain_state
 from edt_former.weights import WEIGHTS
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ def content_hash(tensors: Iterable[tuple[str, Tensor]], *, without: Collection[s
 
 
 def module_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors of a module as a checkpoint holds them: what is tied comes once."""
-    state = module.state_dict()
-    tied = getattr(module, "all_tied_weights_keys", {})
+    """The named tensors of a module as a checkpoint holds them: what is tied comes once, and what
+    belongs to an adapter not at all."""
+    state = plain_state(module.state_dict())
+    tied = getattr(base_of(module), "all_tied_weights_keys", {})
     for name, tensor in state.items():
         source = state.get(tied.get(name))
         if source is None or source.data_ptr() != tensor.data_ptr():

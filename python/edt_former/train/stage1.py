@@ -15,15 +15,14 @@ from edt_former.data import PreparedData, Row
 from edt_former.graph import GraphBatch, GraphEncoder
 from edt_former.language.frozen import CONFIG, WEIGHTS, read_weights, write_json, write_weights
 from edt_former.language.manifest import FrozenPart, Manifest
-from edt_former.processor import PatchSets, find_patch_sets
-from edt_former.tokens import NextAtomPredictor, PatchOptions, pack_patches
+from edt_former.processor import PatchSets
 from edt_former.train.config import Stage1Config
+from edt_former.train.molecules import MoleculeBatch
 from edt_former.train.objectives import CONNECTOR, HEADS, RepresentationLearning
 from edt_former.train.parts import (
     GRAPH_ENCODER,
     PREDICTOR,
     frozen_part,
-    module_hash,
     needed_predictor,
     part_folder,
     read_graph_encoder,
@@ -128,59 +127,21 @@ class Stage1Batch:
     """Rows with one molecule and a text become a batch of a `Stage1Model`.
 
     Args:
-        words: of the texts.
-        features: the scheme of features that the graph encoder reads.
-        coordinates: it reads coordinates.
-        options: the patches that the connector reads.
-        predictor: finds those of entropies where the rows do not hold them.
-        stored: the rows hold the patches.
-        max_words: of a text.
+        molecules: of the rows.
+        words: of their texts.
+        max_words: of a text; None for all.
     """
 
     def __init__(
-        self,
-        words: Words,
-        features: str,
-        *,
-        coordinates: bool,
-        options: PatchOptions,
-        predictor: NextAtomPredictor | None,
-        stored: bool,
-        max_words: int | None,
+        self, molecules: MoleculeBatch, words: Words, *, max_words: int | None = None
     ) -> None:
-        self.words, self.features, self.coordinates = words, features, coordinates
-        self.options, self.stored, self.max_words = options, stored, max_words
-        self.predictor = None if stored else predictor
+        self.molecules, self.words, self.max_words = molecules, words, max_words
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The arguments of `Stage1Model.forward`."""
         graph, patches = self.molecules(rows)
         ids, offsets = self.words([row.text for row in rows], max_words=self.max_words)
         return {"graph": graph, "patches": patches, "text_ids": ids, "text_offsets": offsets}
-
-    def molecules(self, rows: Sequence[Row]) -> tuple[GraphBatch, PatchSets]:
-        """The molecules of rows and their patches.
-
-        Raises:
-            ValueError: the graph encoder reads coordinates and a row has none.
-        """
-        prepared = [row.molecules[0] for row in rows]
-        molecules = [item.molecule for item in prepared]
-        places = None
-        if self.coordinates:
-            places = [item.coordinates for item in prepared]
-            if any(place is None for place in places):
-                raise ValueError(
-                    "the graph encoder reads coordinates, the data have none: prepare them with "
-                    "--conformers"
-                )
-        graph = GraphBatch.pack(molecules, places, features=self.features)
-        if self.stored:
-            sources = self.options.sources
-            ids = {s: [item.patches[s].astype("int64") for item in prepared] for s in sources}
-            sets = {s: pack_patches([torch.from_numpy(x) for x in ids[s]]) for s in sources}
-            return graph, PatchSets(sets)
-        return graph, find_patch_sets(molecules, graph, self.options, self.predictor)
 
 
 def train_stage1(config: Stage1Config) -> Path:
@@ -216,16 +177,8 @@ def train_stage1(config: Stage1Config) -> Path:
     validation = None
     if config.data.validation:
         validation = PreparedData(config.data.validation, wants=("text", "molecule"))
-    hashed = module_hash(predictor)
-    collate = Stage1Batch(
-        words,
-        encoder.features,
-        coordinates=encoder.needs_coordinates,
-        options=connector.patch_options,
-        predictor=predictor,
-        stored=all(d.has_patches(connector.patch_options, hashed) for d in (data, validation) if d),
-        max_words=config.text.max_words,
-    )
+    molecules = MoleculeBatch(encoder, connector, predictor, data, validation)
+    collate = Stage1Batch(molecules, words, max_words=config.text.max_words)
     trainer = ConnectorTrainer(
         model,
         collate,
