@@ -3,7 +3,7 @@
 from edt_former.data.dataset import PreparedData
 from edt_former.data.format import PreparedMolecule, Row
 from edt_former.data.overlap import Overlap, find_overlaps
-from edt_former.data.prepare import PrepareOptions, prepare
+from edt_former.data.preparation import PrepareOptions, prepare
 from edt_former.data.raw import Columns, RawRow, read_rows
 
 __all__ = [

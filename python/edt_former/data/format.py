@@ -131,7 +131,7 @@ def _plain(row: Row) -> dict[str, Any]:
         "molecules": [_arrays(m) for m in row.molecules],
         "text": row.text,
         "turns": row.turns and [{"role": r, "content": c} for r, c in row.turns],
-        "targets": list(row.targets),
+        "targets": [None if np.isnan(target) else target for target in row.targets],
         "reason": row.reason,
     }
 
