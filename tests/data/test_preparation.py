@@ -25,7 +25,7 @@ def test_rows_come_back_as_they_were_read(prepared_data):
     row = data[10]
     (prepared,) = row.molecules
     read = read_molecule(prepared.molecule.smiles)
-    assert row.text == described(WRITTEN[9])
+    assert row.text == described(WRITTEN[10])
     for name in ("atom_features", "bond_index", "bond_features"):
         stored, fresh = getattr(prepared.molecule, name), getattr(read, name)
         assert np.array_equal(stored, fresh) and stored.dtype == fresh.dtype

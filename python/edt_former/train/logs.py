@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG, PLOT, TENSORBOARD = "log.jsonl", "loss.png", "tensorboard"
+SECONDS_IN_A_FILE = 30
+"""Between two states of a bar that is no terminal's."""
+
 HIDDEN = ("total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
@@ -105,8 +108,14 @@ class Bar(TrainerCallback):
         """Begins where training does."""
         if state.is_world_process_zero:
             done = state.global_step
+            seldom = 0.1 if sys.stderr.isatty() else SECONDS_IN_A_FILE
             self.bar = tqdm(
-                total=state.max_steps, initial=done, desc=self.label, unit="step", file=sys.stderr
+                total=state.max_steps,
+                initial=done,
+                desc=self.label,
+                unit="step",
+                file=sys.stderr,
+                mininterval=seldom,
             )
 
     def on_step_end(
@@ -127,7 +136,7 @@ class Bar(TrainerCallback):
         """Shows the losses."""
         if self.bar is not None and logs and "loss" in logs:
             shown = {k: v for k, v in logs.items() if k not in ("epoch", "learning_rate")}
-            self.bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
+            self.bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

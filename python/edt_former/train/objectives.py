@@ -370,9 +370,11 @@ def draw_negatives(similarity: Tensor, generator: torch.Generator | None = None)
         >>> draw_negatives(torch.zeros(2, 2))
         Negatives(graphs=tensor([1, 0]), texts=tensor([1, 0]))
     """
+    # Where a weight has become NaN the loss is to say so, not the draw.
+    finite = similarity.float().nan_to_num()
     graphs, texts = (
-        (logits.float().softmax(1) + LEAST_NEGATIVE_WEIGHT).fill_diagonal_(0)
-        for logits in (similarity.T, similarity)
+        (logits.softmax(1) + LEAST_NEGATIVE_WEIGHT).fill_diagonal_(0)
+        for logits in (finite.T, finite)
     )
     return Negatives(
         torch.multinomial(graphs, 1, generator=generator).flatten(),

@@ -57,11 +57,17 @@ class Words:
         True
         """
         learner = BertWordPieceTokenizer(lowercase=True)
+        texts = [learner.normalizer.normalize_str(text) for text in texts]
+        # The learner would number continuing letters in the order of a hash table, and break ties
+        # by those numbers: what is known to it as special has its number beforehand.
+        letters = sorted({c for text in texts for c in text if not c.isspace()})
         learner.train_from_iterator(
-            texts, vocab_size=size, special_tokens=list(SPECIAL), show_progress=False
+            texts,
+            vocab_size=size,
+            special_tokens=[*SPECIAL, *(f"##{letter}" for letter in letters)],
+            show_progress=False,
         )
-        ids = learner.get_vocab()
-        return cls(sorted(ids, key=ids.get))
+        return cls([*SPECIAL, *sorted(set(learner.get_vocab()) - set(SPECIAL))])
 
     def save(self, folder: Path) -> None:
         """Writes `vocab.txt`."""
