@@ -29,9 +29,7 @@ def _look(entropy_ptr, atom, begin, end, ACC: tl.constexpr):
 
 
 @triton.jit
-def _candidates(
-    entropy_ptr, opens_ptr, atom, begin, end, BACK: tl.constexpr, ACC: tl.constexpr
-):
+def _candidates(entropy_ptr, opens_ptr, atom, begin, end, BACK: tl.constexpr, ACC: tl.constexpr):
     """Entropies to choose from, and which exist.
 
     Those of all atoms; or with `opens_ptr` those that decided boundaries, BACK atoms before them,

@@ -12,6 +12,7 @@ from torch import Tensor
 from edt_kernels.triton.launch import Configuration, launch
 from edt_kernels.triton.primitives import accumulator, dense, tail_programs, zero_rows
 
+
 @triton.jit
 def _mass(begin, end, order_ptr, weight_ptr, ACC: tl.constexpr):
     """What a mean divides by: the number of rows, or the sum of their weights."""

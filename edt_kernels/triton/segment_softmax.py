@@ -30,9 +30,7 @@ def _segment_softmax_kernel(
     if segment >= segments:
         end = tl.load(offsets_ptr + segments).to(tl.int64)
         programs = tl.num_programs(0) - segments
-        zero_rows(
-            out_ptr, end, rows, width, segment - segments, programs, column, BLOCK_N, BLOCK_D
-        )
+        zero_rows(out_ptr, end, rows, width, segment - segments, programs, column, BLOCK_N, BLOCK_D)
         return
     begin = tl.load(offsets_ptr + segment).to(tl.int64)
     end = tl.load(offsets_ptr + segment + 1).to(tl.int64)
@@ -81,9 +79,7 @@ def _segment_softmax_bwd_kernel(
     if segment >= segments:
         end = tl.load(offsets_ptr + segments).to(tl.int64)
         programs = tl.num_programs(0) - segments
-        zero_rows(
-            out_ptr, end, rows, width, segment - segments, programs, column, BLOCK_N, BLOCK_D
-        )
+        zero_rows(out_ptr, end, rows, width, segment - segments, programs, column, BLOCK_N, BLOCK_D)
         return
     begin = tl.load(offsets_ptr + segment).to(tl.int64)
     end = tl.load(offsets_ptr + segment + 1).to(tl.int64)
