@@ -18,7 +18,15 @@ CONNECTORS = {
     "edt_former": {"name": "edt_former", "patches": {"sources": ["brics", "entropy"]}},
     "qformer": {"name": "qformer", "cross_attention_freq": 1},
 }
-SIZE = {"width": 16, "layers": 2, "heads": 2, "ffn": 24, "num_queries": 3, "dropout": 0.1}
+SIZE = {
+    "width": 16,
+    "layers": 2,
+    "heads": 2,
+    "ffn": 24,
+    "num_queries": 3,
+    "dropout": 0.1,
+    "sum_tokens": 2,
+}
 TRAINING = {
     **{"steps": 6, "batch_size": 6, "learning_rate": 3e-3, "warmup": 1},
     **{"log_every": 1, "save_every": 2},

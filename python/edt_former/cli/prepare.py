@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edt_former.data import PrepareOptions
 
 SHIPPED = "shipped"
 
@@ -45,7 +50,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     made.add_argument(
         "--patch-options",
-        type=json.loads,
+        type=_options_of,
         default={},
         metavar="JSON",
         help='further options, as the connector has them, as {"rule": "local_max"}',
@@ -85,7 +90,13 @@ def run(args: argparse.Namespace) -> int:
     """Prepare, and say what came of it."""
     from edt_former.data import PreparedData, find_overlaps, prepare
 
-    found = prepare(args.files, args.out, _options(args), processes=args.processes)
+    found = prepare(
+        args.files,
+        args.out,
+        _options(args),
+        processes=args.processes,
+        progress=sys.stderr.isatty(),
+    )
     print(f"{found['usable']} of {found['rows']} rows are usable, in {args.out}")
     for reason, count in found["reasons"].items():
         print(f"  {count:>7}  {reason}")
@@ -95,7 +106,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _options(args: argparse.Namespace):
+def _options_of(text: str) -> dict[str, object]:
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}") from None
+
+
+def _options(args: argparse.Namespace) -> PrepareOptions:
     from edt_former.chem import ConformerOptions
     from edt_former.data import Columns, PrepareOptions
     from edt_former.shipped import folder

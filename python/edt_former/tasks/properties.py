@@ -12,6 +12,8 @@ PURPOSE = "scores of properties"
 def regression_scores(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """MAE, RMSE and Spearman's correlation of one target; rows without a value are left out.
 
+    The correlation is NaN where one value is predicted for all.
+
     Raises:
         ImportError: scikit-learn, which brings scipy, is not installed.
 
@@ -21,12 +23,13 @@ def regression_scores(true: np.ndarray, predicted: np.ndarray) -> dict[str, floa
     """
     stats = need("scipy.stats", extra="eval", purpose=PURPOSE)
     known = ~np.isnan(true)
-    error = predicted[known] - true[known]
+    true, predicted = true[known], predicted[known]
+    error, constant = predicted - true, len(np.unique(predicted)) < 2
     return {
         "mae": float(np.abs(error).mean()),
         "rmse": float(np.sqrt((error**2).mean())),
-        "spearman": float(stats.spearmanr(true[known], predicted[known]).statistic),
-        "rows": int(known.sum()),
+        "spearman": np.nan if constant else float(stats.spearmanr(true, predicted).statistic),
+        "rows": len(true),
     }
 
 
