@@ -32,22 +32,25 @@ def _bounds(offsets_ptr, molecule):
 
 
 @triton.jit
-def _from(ptr, first, ROW: tl.constexpr):
-    """Where the rows of a tile begin; ROW is from one row to the next."""
-    return ptr + tl.cast(first, tl.int64) * ROW
-
-
-@triton.jit
-def _place(
-    rows_left, ROW: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+def _row_places(
+    ptr,
+    first,
+    rows,
+    ROW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Where the numbers of a head's tile [BLOCK, BLOCK_D] lie, and which of them exist."""
+    """Where the numbers of rows `first` to first + BLOCK lie, and which of them exist.
+
+    `ptr` is a molecule's first row [D] of a head, ROW the way from one row to the next.
+    """
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
-    exists = row < rows_left
+    exist = row < rows - first
     if D < BLOCK_D:
-        exists = exists & (column < D)
-    return row.to(tl.int64) * ROW + column, exists
+        exist = exist & (column < D)
+    return ptr + tl.cast(first, tl.int64) * ROW + (row.to(tl.int64) * ROW + column), exist
 
 
 @triton.jit
@@ -60,9 +63,9 @@ def _load_rows(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Tile of a head's [rows, D], 0 where nothing exists."""
-    place, exists = _place(rows - first, ROW, D, BLOCK, BLOCK_D)
-    return tl.load(_from(ptr, first, ROW) + place, exists, 0.0)
+    """Tile [BLOCK, BLOCK_D] of a head's [rows, D], 0 where nothing exists."""
+    places, exist = _row_places(ptr, first, rows, ROW, D, BLOCK, BLOCK_D)
+    return tl.load(places, exist, 0.0)
 
 
 @triton.jit
@@ -77,8 +80,8 @@ def _store_rows(
     BLOCK_D: tl.constexpr,
 ):
     """Inverse of `_load_rows`."""
-    place, exists = _place(rows - first, ROW, D, BLOCK, BLOCK_D)
-    tl.store(_from(ptr, first, ROW) + place, x.to(ptr.dtype.element_ty), exists)
+    places, exist = _row_places(ptr, first, rows, ROW, D, BLOCK, BLOCK_D)
+    tl.store(places, x.to(ptr.dtype.element_ty), exist)
 
 
 @triton.jit
@@ -191,10 +194,10 @@ def _logits(
 
 @triton.jit(do_not_specialize=["molecules", "rows", "pairs", "drop_below"])
 def _forward_kernel(
-    q_ptr,  # [rows, HEADS, D], strides of rows and heads given
+    q_ptr,  # [rows, HEADS, D], Q_ROW from row to row, q_head from head to head
     k_ptr,  # [Tk, HEADS / GROUP, D], likewise
     v_ptr,
-    bias_ptr,  # [pairs, HEADS], likewise, or None
+    bias_ptr,  # [pairs, HEADS], or None
     seed_ptr,  # [molecules] or [1], or None without dropout
     q_offsets_ptr,  # [molecules + 1]
     k_offsets_ptr,
@@ -362,13 +365,13 @@ def _logit_grads(
 
 @triton.jit(do_not_specialize=["molecules", "rows", "key_rows", "pairs", "drop_below"])
 def _backward_kernel(
-    grad_ptr,  # [rows, HEADS, D], strides of rows and heads given
+    grad_ptr,  # [rows, HEADS, D], GRAD_ROW from row to row, grad_head from head to head
     grad_lse_ptr,  # [rows, HEADS], or None
-    grad_scores_ptr,  # [pairs, HEADS], strides given, or None
+    grad_scores_ptr,  # [pairs, HEADS], or None
     q_ptr,  # as grad
-    k_ptr,  # [key_rows, HEADS / GROUP, D], strides given
+    k_ptr,  # [key_rows, HEADS / GROUP, D], likewise
     v_ptr,
-    bias_ptr,  # [pairs, HEADS], strides given, or None
+    bias_ptr,  # [pairs, HEADS], or None
     seed_ptr,  # [molecules] or [1], or None without dropout
     lse_ptr,  # [rows, HEADS]
     q_offsets_ptr,  # [molecules + 1]
@@ -378,7 +381,7 @@ def _backward_kernel(
     dk_ptr,  # [key_rows, HEADS / GROUP, D]
     dv_ptr,
     dbias_ptr,  # [pairs, HEADS], or None
-    shift_ptr,  # [rows, HEADS], delta - dlse of molecules of more than BLOCK_N keys
+    shift_ptr,  # [rows, HEADS], delta - dlse of molecules that do not fit a tile
     grad_head,
     q_head,
     k_head,
@@ -588,30 +591,18 @@ class Tiles(NamedTuple):
     warps: int
 
 
-# By bytes of a number and width of a head rounded up to a power of two. Chosen from what the
-# compiled kernels need (registers, shared memory, no spills), not measured: W programs of 4 warps
-# share a multiprocessor, and their loads in flight are what its share of the memory needs.
+# By bytes of a number and width of a head rounded up to a power of two.
 _FORWARD = {
-    (2, 64): Tiles(64, 64, 32, 4),
-    (2, 128): Tiles(64, 64, 32, 4),
-    (2, 256): Tiles(64, 32, 32, 4),
-    (4, 64): Tiles(32, 32, 32, 4),
-    (4, 128): Tiles(32, 32, 32, 4),
-    (4, 256): Tiles(32, 32, 32, 4),
-    (8, 64): Tiles(16, 16, 32, 4),
-    (8, 128): Tiles(16, 16, 32, 4),
-    (8, 256): Tiles(16, 16, 32, 4),
+    **{(2, d): Tiles(64, 64, 32, 4) for d in (16, 32, 64)},
+    **{(2, d): Tiles(64, 32, 32, 4) for d in (128, 256)},
+    **{(4, d): Tiles(32, 32, 32, 4) for d in (16, 32, 64, 128, 256)},
+    **{(8, d): Tiles(16, 16, 16, 4) for d in (16, 32, 64, 128, 256)},
 }
 _BACKWARD = {
-    (2, 64): Tiles(64, 64, 32, 4),
-    (2, 128): Tiles(32, 64, 32, 4),
-    (2, 256): Tiles(32, 32, 32, 4),
-    (4, 64): Tiles(32, 32, 32, 4),
-    (4, 128): Tiles(32, 32, 32, 4),
-    (4, 256): Tiles(16, 32, 32, 4),
-    (8, 64): Tiles(16, 16, 32, 4),
-    (8, 128): Tiles(16, 16, 32, 4),
-    (8, 256): Tiles(16, 16, 32, 4),
+    **{(2, d): Tiles(64, 64, 32, 4) for d in (16, 32, 64)},
+    **{(2, d): Tiles(64, 32, 32, 4) for d in (128, 256)},
+    **{(4, d): Tiles(32, 32, 16, 4) for d in (16, 32, 64, 128, 256)},
+    **{(8, d): Tiles(16, 16, 16, 4) for d in (16, 32, 64, 128, 256)},
 }
 
 
@@ -664,6 +655,7 @@ def ragged_attention_general(
     """Launch `_forward_kernel`, behind `_pair_offsets_kernel` where there are pairs."""
     q, k, v = map(_readable, (q, k, v))
     q_offsets, k_offsets = dense(q_offsets), dense(k_offsets)
+    bias = None if bias is None else dense(bias)
     pair_offsets = None
     if bias is not None or return_scores:
         pair_offsets = _pair_offsets(q_offsets, k_offsets)
@@ -711,7 +703,9 @@ def ragged_attention_general_bwd(
     """Launch `_backward_kernel`, behind `_pair_offsets_kernel` where there are pairs."""
     grad, q, k, v = map(_readable, (grad, q, k, v))
     q_offsets, k_offsets, lse = dense(q_offsets), dense(k_offsets), dense(lse)
-    grad_lse = None if grad_lse is None else dense(grad_lse)
+    grad_lse, grad_scores, bias = (
+        None if x is None else dense(x) for x in (grad_lse, grad_scores, bias)
+    )
     pair_offsets = None
     if bias is not None or grad_scores is not None:
         pair_offsets = _pair_offsets(q_offsets, k_offsets)

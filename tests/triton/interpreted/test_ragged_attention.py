@@ -7,7 +7,7 @@ import torch
 
 from edt_kernels import ragged_attention
 from edt_kernels.reference.ragged_attention import ragged_attention_general as attention_general
-from edt_kernels.testing import ragged
+from edt_kernels.testing import assert_within_budget, ragged
 from edt_kernels.triton import ragged_attention as launchers
 
 # Queries and keys per molecule: a molecule that fits one tile of every size, none of either, one
@@ -18,7 +18,7 @@ SMALL = ((3, 0, 2, 33, 9), (5, 4, 0, 17, 35))
 HEADS = [
     pytest.param((2, 2, 64), id="H2-D64"),
     pytest.param((3, 3, 5), id="H3-D5"),
-    pytest.param((4, 2, 20), id="H4-Hkv2-D20"),
+    pytest.param((2, 1, 20), id="H2-Hkv1-D20"),
 ]
 SEEDS = torch.tensor([-5, 2**62, 11, 3, 0, -(2**63), 7, 1])
 
@@ -63,65 +63,69 @@ def with_grads(function, tensors, offsets, grads, **options):
     outputs = function(leaves, offsets, **options)
     dtypes = [x.dtype for x in outputs]
     grads = [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, grads)]
+    return [
+        *(x.detach() for x in outputs),
+        *torch.autograd.grad(outputs, leaves, grads, materialize_grads=True),
+    ]
 
 
-@pytest.fixture
-def matches(within_budget):
-    """`matches(tensors, offsets, grads, **options)`: errs at most twice as much as torch."""
+def assert_matches(tensors, offsets, grads, **options):
+    """As the reference, up to twice its error and four units in the last place of the largest."""
 
-    def check(tensors, offsets, grads, **options):
-        def double(x):
-            return [y.double() for y in x]
+    def double(x):
+        return [y.double() for y in x]
 
-        found = with_grads(ours, tensors, offsets, grads, **options)
-        truth = with_grads(referred, double(tensors), offsets, double(grads), **options)
-        if tensors[0].dtype == torch.float64:
-            torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
-        else:
-            within_budget(found, with_grads(referred, tensors, offsets, grads, **options), truth)
-
-    return check
+    found = with_grads(ours, tensors, offsets, grads, **options)
+    truth = with_grads(referred, double(tensors), offsets, double(grads), **options)
+    if tensors[0].dtype == torch.float64:
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+        return
+    same_dtype = with_grads(referred, tensors, offsets, grads, **options)
+    for mine, theirs, exact in zip(found, same_dtype, truth, strict=True):
+        largest = max(1.0, exact.masked_fill(exact == -torch.inf, 0).abs().max().item())
+        eps = 4 * torch.finfo(mine.dtype).eps * largest
+        assert_within_budget(mine, theirs, exact, eps=eps)
 
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_values_and_gradients(heads, causal, matches):
-    matches(*batch(LENGTHS, heads, torch.float32), causal=causal)
+def test_values_and_gradients(heads, causal):
+    assert_matches(*batch(LENGTHS, heads, torch.float32), causal=causal)
 
 
-@pytest.mark.parametrize("heads", HEADS[1:])
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_bias_and_scores(heads, causal, matches):
-    matches(*batch(LENGTHS, heads, torch.float32, pairs=True), causal=causal)
+@pytest.mark.parametrize(
+    ("heads", "causal"), [((3, 3, 5), True), ((2, 1, 20), False)], ids=["causal", "full"]
+)
+def test_bias_and_scores(heads, causal):
+    assert_matches(*batch(LENGTHS, heads, torch.float32, pairs=True), causal=causal)
 
 
-@pytest.mark.parametrize("heads", HEADS[1:])
-@pytest.mark.parametrize("seed", [SEEDS, torch.tensor(7)], ids=["each", "one"])
-def test_dropout_is_the_references(heads, seed, matches):
-    operands = batch(LENGTHS, heads, torch.float32)
-    matches(*operands, dropout_p=0.3, seed=seed)
+@pytest.mark.parametrize(
+    ("heads", "seed"), [((3, 3, 5), SEEDS), ((2, 1, 20), torch.tensor(7))], ids=["each", "one"]
+)
+def test_dropout_is_the_references(heads, seed):
+    assert_matches(*batch(LENGTHS, heads, torch.float32), dropout_p=0.3, seed=seed)
 
 
 @pytest.mark.parametrize("dropout_p", [0.75, 0.1], ids=str)
-def test_everything_at_once(dropout_p, matches):
+def test_everything_at_once(dropout_p):
     operands = batch(SMALL, (4, 2, 5), torch.float32, pairs=True)
-    matches(*operands, causal=True, scale=0.7, dropout_p=dropout_p, seed=SEEDS[:5])
+    assert_matches(*operands, causal=True, scale=0.7, dropout_p=dropout_p, seed=SEEDS[:5])
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["plain", "pairs"])
-def test_float64(pairs, matches):
-    matches(*batch(SMALL, (4, 2, 5), torch.float64, pairs=pairs), causal=True)
+def test_float64(pairs):
+    assert_matches(*batch(SMALL, (4, 2, 5), torch.float64, pairs=pairs), causal=True)
 
 
 @pytest.mark.parametrize("width", [33, 100, 200])
-def test_wide_heads(width, matches):
-    matches(*batch(((2, 18), (3, 33)), (1, 1, width), torch.float32))
+def test_wide_heads(width):
+    assert_matches(*batch(((2, 18), (3, 33)), (1, 1, width), torch.float32))
 
 
-def test_int32_offsets_and_scales(matches):
+def test_int32_offsets_and_scales():
     for scale in (0.0, 3.0):
-        matches(*batch(SMALL, (2, 1, 4), torch.float32, index=torch.int32), scale=scale)
+        assert_matches(*batch(SMALL, (2, 1, 4), torch.float32, index=torch.int32), scale=scale)
 
 
 def test_large_logits_stay_finite():
@@ -198,7 +202,7 @@ def test_any_strides():
 @pytest.mark.parametrize("pairs", [False, True], ids=["plain", "pairs"])
 def test_a_molecule_has_the_same_bits_in_every_batch(pairs):
     lengths = ((3, 70, 0, 9, 33), (5, 40, 4, 0, 35))
-    tensors, offsets, grads = batch(lengths, (4, 2, 8), torch.float32, pairs=pairs, tail=0)
+    tensors, offsets, grads = batch(lengths, (2, 1 + pairs, 8), torch.float32, pairs=pairs, tail=0)
     dropout = {"dropout_p": 0.2, "seed": SEEDS[:5]} if pairs else {}
     whole = with_grads(ours, tensors, offsets, grads, causal=pairs, **dropout)
     counts = [i * j for i, j in zip(*lengths, strict=True)]
@@ -236,7 +240,7 @@ def test_nan_stays_in_its_molecule():
         assert torch.equal(x[rows.stop :], y[rows.stop :])
 
 
-def test_gradient_of_the_lse_alone(matches):
+def test_gradient_of_the_lse_alone():
     tensors, offsets, grads = batch(SMALL, (2, 2, 4), torch.float32)
     found = with_grads(lambda t, o: ours(t, o)[1:], tensors, offsets, grads[1:])
     truth = with_grads(lambda t, o: referred(t, o)[1:], tensors, offsets, grads[1:])
