@@ -116,8 +116,8 @@ def _merge_kernel(
     top = tl.full((BLOCK_N,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_N,), ACC)
     moment = tl.zeros((BLOCK_N,), ACC)
-    for span in range(spans):
-        place = span.to(tl.int64) * rows + row
+    place = row
+    for _ in range(spans):
         own_top = tl.load(tops_ptr + place, exists, float("-inf"))
         own_total = tl.load(totals_ptr + place, exists, 0.0)
         own_moment = tl.load(moments_ptr + place, exists, 0.0)
@@ -129,6 +129,7 @@ def _merge_kernel(
         moment += tl.exp(own_fall) * (own_moment + own_fall * own_total)
         total = tl.exp(fall) * total + tl.exp(own_fall) * own_total
         top = higher
+        place += rows
     h, top, log_total = entropy_from_sums(top, total, moment, scale, ACC)
     tl.store(h_ptr + row, h, exists)
     tl.store(top_ptr + row, top, exists)
@@ -209,7 +210,7 @@ def _hidden_bwd_kernel(
         token = first_token + column
         dx = tl.load(slopes_ptr + here[:, None] * SPAN + column[None, :])
         from_weight = weight_ptr + token[:, None].to(tl.int64) * depth + columns[None, :]
-        w = tl.load(from_weight, (token < tokens)[:, None] & known, 0.0)
+        w = tl.load(from_weight, (token < tokens)[:, None] & known, 0.0).to(dx.dtype)
         total = tl.dot(dx, w, total, input_precision=PRECISION, out_dtype=ACC)
     tl.store(out, total.to(out_ptr.dtype.element_ty), inside)
 
@@ -254,11 +255,12 @@ def _weight_bwd_kernel(
         from_slopes = slopes_ptr + here[None, :] * SPAN + column[:, None]
         dx = tl.load(from_slopes, exists[None, :], 0.0)
         from_hidden = hidden_ptr + (first_row + here)[:, None] * depth + columns[None, :]
-        x = tl.load(from_hidden, exists[:, None] & known, 0.0)
+        x = tl.load(from_hidden, exists[:, None] & known, 0.0).to(dx.dtype)
         total = tl.dot(dx, x, total, input_precision=PRECISION, out_dtype=ACC)
         along += tl.sum(dx.to(ACC), 1)
     tl.store(out, total, inside)
-    tl.store(bias_out_ptr + place, along, (token < tokens) & (tl.program_id(1) == 0))
+    if tl.program_id(1) == 0:
+        tl.store(bias_out_ptr + place, along, token < tokens)
 
 
 def linear_entropy(
@@ -307,7 +309,9 @@ def linear_entropy_bwd(
     span = min(SPAN, triton.cdiv(tokens, block["BLOCK_V"]) * block["BLOCK_V"])
     block_rows = min(SLOPES // span, triton.cdiv(max(rows, 1), 128) * 128)
     spans = range(0, tokens, span)
-    slopes = hidden.new_empty(block_rows, span)
+    # Slopes of float16 would vanish: they are kept and multiplied as wide.
+    narrow = hidden.dtype if hidden.dtype == torch.bfloat16 else wide
+    slopes = hidden.new_empty(block_rows, span, dtype=narrow)
     of_hidden = hidden.new_empty(rows if need_hidden else 0, depth)
     sums = of_hidden if len(spans) == 1 else of_hidden.to(wide)
     parts, part_rows = _parts(block_rows, tokens, depth)
@@ -317,8 +321,11 @@ def linear_entropy_bwd(
     hidden_rows, weight = dense(hidden), dense(weight)
     per_row = tuple(map(dense, (grad, h, top, log_total)))
     bias = None if bias is None else dense(bias)
-    product = {name: block[name] for name in ("ACC", "PRECISION", "num_warps")}
-    product |= {"SPAN": span, "BLOCK_D": 64 if wide == torch.float64 else 128, "BLOCK_K": 32}
+    product = {name: block[name] for name in ("ACC", "PRECISION")}
+    half = hidden.dtype.itemsize == 2
+    product |= {"SPAN": span, "BLOCK_D": 128 if half else 64, "BLOCK_K": 32 if half else 16}
+    product |= {"num_warps": 4}
+    outer = 32 if wide == torch.float64 else 64
     depths = triton.cdiv(depth, product["BLOCK_D"])
     for first_row in range(0, rows, block_rows):
         last_row = min(rows, first_row + block_rows)
@@ -336,20 +343,20 @@ def linear_entropy_bwd(
             if need_hidden:
                 launch(
                     _hidden_bwd_kernel,
-                    (triton.cdiv(here, 64), depths),
+                    (triton.cdiv(here, outer), depths),
                     *(slopes, weight, sums, rows, first_row, first_token, tokens, depth),
                     FURTHER=first_token > 0,
-                    BLOCK_N=64,
+                    BLOCK_N=outer,
                     **product,
                 )
             if need_weight:
                 launch(
                     _weight_bwd_kernel,
-                    (triton.cdiv(width, 64), depths, parts),
+                    (triton.cdiv(width, outer), depths, parts),
                     *(slopes, hidden_rows, of_weight, of_bias),
                     *(first_row, last_row, first_token, part_rows, tokens, depth),
                     FURTHER=first_row > 0,
-                    BLOCK_V=64,
+                    BLOCK_V=outer,
                     **product,
                 )
     if not need_weight:
@@ -372,38 +379,46 @@ def _parts(rows: int, tokens: int, depth: int) -> tuple[int, int]:
     return triton.cdiv(rows, part_rows), part_rows
 
 
-def _precision() -> str:
-    """How float32 is multiplied: as torch's matrix products are."""
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as torch's matrix products are; with float16 in its digits."""
     if torch.version.hip is not None:
         return "ieee"
+    if dtype == torch.float16:
+        return "tf32"
     return {"highest": "ieee", "high": "tf32x3"}.get(torch.get_float32_matmul_precision(), "tf32")
 
 
 def _tile(dtype: torch.dtype, tokens: int) -> dict[str, object]:
-    """A tile of logits and how it is made."""
-    exact = dtype in (torch.float32, torch.float64)
-    large = tokens > 512 and not exact
+    """A tile of logits and how it is made; what is multiplied exactly takes more registers."""
+    rows, columns, depth, warps = 64, 64, 32, 4
+    if dtype == torch.float32:
+        depth, warps = 16, 8
+    elif dtype == torch.float64:
+        rows, columns, depth = 32, 32, 16
+    elif tokens > 512:
+        rows, columns, depth, warps = 128, 128, 64, 8
     return {
         "ACC": accumulator(dtype),
-        "PRECISION": _precision(),
-        "BLOCK_N": 128 if large else 32 if dtype == torch.float64 else 64,
-        "BLOCK_V": 128 if large else 32 if dtype == torch.float64 else 64,
-        "BLOCK_K": 64 if large else 16 if dtype == torch.float64 else 32,
-        "num_warps": 8 if large else 4,
+        "PRECISION": _precision(dtype),
+        "BLOCK_N": rows,
+        "BLOCK_V": columns,
+        "BLOCK_K": depth,
+        "num_warps": warps,
     }
 
 
 def configurations(device: torch.device) -> Iterator[Configuration]:
     """A vocabulary of atoms and one of a language model."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        wide = torch.promote_types(dtype, torch.float32)
-        row = torch.zeros(16, dtype=wide, device=device)
-        for tokens, depth in ((38, 128), (4112, 2048)):
+    shapes = {torch.float32: ((38, 128), (4112, 2048)), torch.float64: ((38, 128),)}
+    shapes |= {torch.bfloat16: shapes[torch.float32], torch.float16: shapes[torch.float64]}
+    for dtype, sizes in shapes.items():
+        row = torch.zeros(16, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        for tokens, depth in sizes:
             hidden = torch.zeros(16, depth, dtype=dtype, device=device)
             weight = torch.zeros(tokens, depth, dtype=dtype, device=device)
             name = f"{dtype}-{tokens}x{depth}".removeprefix("torch.")
-            for suffix, bias in (("", None), ("-bias", weight[:, 0].clone())):
-                operands = (hidden, weight, bias)
-                yield Configuration(name + suffix, linear_entropy, (*operands, 1.0))
-                call = (row, *operands, row, row, row, 1.0, True, True)
-                yield Configuration(name + suffix, linear_entropy_bwd, call)
+            # A head of atoms has a bias, that of a language model has none.
+            operands = (hidden, weight, weight[:, 0].clone() if tokens == 38 else None)
+            yield Configuration(name, linear_entropy, (*operands, 1.0))
+            call = (row, *operands, row, row, row, 1.0, True, True)
+            yield Configuration(name, linear_entropy_bwd, call)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ def _interpreted():
         pytest.MonkeyPatch.context() as patch,
         torch.library._scoped_library("edt", "IMPL") as library,
         warnings.catch_warnings(),
+        np.errstate(all="ignore"),  # the interpreter computes with numpy
     ):
         patch.setattr(_native, "loaded", False)
         warnings.simplefilter("ignore")  # overriding is the purpose

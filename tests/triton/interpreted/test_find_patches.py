@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -8,38 +9,37 @@ import torch
 from edt_kernels import find_patches, reference
 from edt_kernels.ops.find_patches import options
 
-RULES = [
-    pytest.param({"rule": "local_max"}, id="local_max"),
-    pytest.param({"rule": "published"}, id="published"),
-    pytest.param({"rule": "rising_edge", "q": 0.4}, id="rising_edge-0.4"),
-    pytest.param({"rule": "rising_edge", "q": 1.0}, id="rising_edge-1"),
-    pytest.param({"rule": "threshold", "threshold": 1.0}, id="threshold"),
-    pytest.param({"rule": "monotonic", "threshold": 0.3}, id="monotonic"),
-]
-LIMITS = [
-    pytest.param({}, id="free"),
-    pytest.param({"min_size": 3}, id="min3"),
-    pytest.param({"max_size": 4}, id="max4"),
-    pytest.param({"max_patches": 3}, id="patches3"),
-    pytest.param({"min_size": 2, "max_size": 5, "max_patches": 4}, id="all"),
-    pytest.param({"max_patches": 1}, id="patches1"),
-]
+RULES = {
+    "local_max": {"rule": "local_max"},
+    "published": {"rule": "published"},
+    "rising_edge-0.4": {"rule": "rising_edge", "q": 0.4},
+    "rising_edge-1": {"rule": "rising_edge", "q": 1.0},
+    "threshold": {"rule": "threshold", "threshold": 1.0},
+    "monotonic": {"rule": "monotonic", "threshold": 0.3},
+}
+LIMITS = {
+    "free": {},
+    "min3": {"min_size": 3},
+    "max4": {"max_size": 4},
+    "patches3": {"max_patches": 3},
+    "all": {"min_size": 2, "max_size": 5, "max_patches": 4},
+    "patches1": {"max_patches": 1},
+}
 
 
-def pack(lengths=(0, 7, 1, 0, 2, 31, 33, 129), dtype=torch.float32, levels=None, seed=0):
-    """Entropies with NaN in the tail, and offsets; `levels` makes ties likely."""
-    g = torch.Generator().manual_seed(seed)
+def pack(lengths=(0, 31, 1, 33, 0, 2, 129), dtype=torch.float32):
+    """Entropies with NaN in the tail, and offsets; there are ties in every second row of 32."""
+    g = torch.Generator().manual_seed(0)
     h = torch.rand(sum(lengths) + 4, generator=g, dtype=torch.float64) * 3
-    if levels:
-        h = (h / 3 * levels).floor()
+    h = torch.where(torch.arange(len(h)) // 32 % 2 == 0, h, h.floor())
     h[sum(lengths) :] = torch.nan
     return h.to(dtype), torch.tensor([0, *lengths]).cumsum(0)
 
 
 def assert_as_reference(h, offsets, **given):
     found = find_patches(h, offsets, **given)
-    defaults = {"q": 0.75, "threshold": None, "min_size": 1, "max_size": None}
-    cut = options(**defaults | {"max_patches": None} | given)
+    defaults = {"rule": "local_max", "q": 0.75, "threshold": None, "min_size": 1}
+    cut = options(**defaults | {"max_size": None, "max_patches": None} | given)
     capacity = cut.capacity(len(h), len(offsets) - 1)
     right = reference.find_patches(h, offsets, *cut, capacity)
     *indices, threshold = (x for x in found if x is not None)
@@ -49,28 +49,30 @@ def assert_as_reference(h, offsets, **given):
     torch.testing.assert_close(threshold, right[4], equal_nan=True)
 
 
-@pytest.mark.parametrize("limits", LIMITS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("levels", [None, 4], ids=["distinct", "ties"])
-def test_rules_and_limits(rule, limits, levels):
-    assert_as_reference(*pack(levels=levels), **rule, **limits)
+@pytest.mark.parametrize(
+    ("rule", "limits"),
+    # The two kinds of deciding atom with every limit, the other rules without and with all.
+    [*product(["local_max", "published"], LIMITS), *product([*RULES][2:], ["free", "all"])],
+)
+def test_rules_and_limits(rule, limits):
+    assert_as_reference(*pack(), **RULES[rule], **LIMITS[limits])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["local_max", "published"])
 def test_every_dtype_offsets_and_strides(rule, dtype):
     h, offsets = pack((31, 0, 130), dtype)
     h = torch.stack([h, h], 1)[:, 0]
-    assert_as_reference(h, offsets.int(), **rule, max_patches=5)
+    assert_as_reference(h, offsets.int(), **RULES[rule], max_patches=5)
 
 
-@pytest.mark.parametrize("limits", [LIMITS[0], LIMITS[4]])
+@pytest.mark.parametrize("limits", ["free", "all"])
 @pytest.mark.parametrize("rule", RULES)
 def test_nan_and_infinities(rule, limits):
-    h, offsets = pack((30, 140, 9))
-    h[[0, 5, 6, 29, 40, 169]] = torch.nan
-    h[[3, 60, 61]], h[[8, 90]], h[175] = math.inf, -math.inf, -0.0
-    assert_as_reference(h, offsets, **rule, **limits)
+    h, offsets = pack((20, 9, 9))
+    h[[0, 5, 6, 19]] = torch.nan
+    h[[3, 22, 23]], h[[8, 24]], h[[32, 33]] = math.inf, -math.inf, -0.0
+    assert_as_reference(h, offsets, **RULES[rule], **LIMITS[limits])
 
 
 def test_a_plateau_across_blocks():
@@ -80,12 +82,13 @@ def test_a_plateau_across_blocks():
     assert_as_reference(torch.cat([h, h]), torch.tensor([0, 299, 600]))
 
 
-@pytest.mark.parametrize("rule", [RULES[0], RULES[1]])
+@pytest.mark.parametrize("rule", ["local_max", "published"])
 def test_a_molecule_is_cut_alike_alone(rule):
     h, offsets = pack((30, 0, 150, 17))
-    ids = find_patches(h, offsets, **rule, max_patches=6).ids
+    given = RULES[rule] | {"max_patches": 6}
+    ids = find_patches(h, offsets, **given).ids
     for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        alone = find_patches(h[begin:end], torch.tensor([0, end - begin]), **rule, max_patches=6)
+        alone = find_patches(h[begin:end], torch.tensor([0, end - begin]), **given)
         assert torch.equal(alone.ids, ids[begin:end])
 
 
@@ -94,8 +97,8 @@ def test_more_molecules_than_one_program_numbers():
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0), (1,)], ids=str)
-@pytest.mark.parametrize("rule", [RULES[0], RULES[1]])
+@pytest.mark.parametrize("rule", ["local_max", "published"])
 def test_nothing_to_cut(rule, lengths):
     h, offsets = pack(lengths)
     for x in (h, h[: offsets[-1]]):
-        assert_as_reference(x, offsets, **rule, min_size=2, max_size=3, max_patches=2)
+        assert_as_reference(x, offsets, **RULES[rule], min_size=2, max_size=3, max_patches=2)
