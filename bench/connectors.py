@@ -52,10 +52,14 @@ class Batch:
         return cls(features, {"entropy": workload.patches})
 
 
-def build(dtype: torch.dtype) -> tuple[EDTFormer, QFormer]:
-    """EDT-Former's connector, and the static Q-Former that shares its weights; no dropout."""
+def build(dtype: torch.dtype, **changed: object) -> tuple[EDTFormer, QFormer]:
+    """EDT-Former's connector, and the static Q-Former that shares its weights; no dropout.
+
+    They are of `SIZE`, less what is `changed`.
+    """
     torch.manual_seed(0)
-    dynamic, static = EDTFormer(SIZE).to(dtype), QFormer(SIZE).to(dtype)
+    size = {**SIZE, **changed}
+    dynamic, static = EDTFormer(size).to(dtype), QFormer(size).to(dtype)
     shared = dynamic.state_dict(keep_vars=True)
     static.load_state_dict({name: shared[name] for name in static.state_dict()}, assign=True)
     return dynamic, static

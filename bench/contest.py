@@ -386,10 +386,12 @@ def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
-def compiled(formula: Callable[..., Outputs]) -> Callable[..., Outputs]:
+def compiled(
+    formula: Callable[..., Outputs], *, backend: str = "inductor"
+) -> Callable[..., Outputs]:
     """`formula` under torch.compile for the shapes it is called with."""
     torch._dynamo.reset()
-    return torch.compile(formula, fullgraph=True, dynamic=False)
+    return torch.compile(formula, fullgraph=True, dynamic=False, backend=backend)
 
 
 def _first_round(step: Callable[[], object], clock: Callable[[], float]) -> tuple[int, float]:

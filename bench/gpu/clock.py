@@ -26,10 +26,9 @@ class Clock(Protocol):
 
 
 class EventClock:
-    """Of a GPU. `milliseconds` is how long one measurement lasts, about."""
+    """Of a GPU, by Triton's `do_bench`. `milliseconds` is how long one measurement lasts, about."""
 
     def __init__(self, milliseconds: float = 25) -> None:
-        # Triton needs a GPU when it is imported for benchmarks.
         from triton.testing import do_bench, do_bench_cudagraph
 
         self._rep = milliseconds
