@@ -410,7 +410,7 @@ def _tile(dtype: torch.dtype, tokens: int) -> dict[str, object]:
 def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
     """A vocabulary of atoms, with a bias, and that of a language model, without."""
     row = torch.zeros(16, dtype=torch.promote_types(dtype, torch.float32), device=device)
-    for tokens, depth in ((38, 128), (4112, 2048)):
+    for tokens, depth in ((38, 128), (4112, 64)):
         hidden = torch.zeros(16, depth, dtype=dtype, device=device)
         weight = torch.zeros(tokens, depth, dtype=dtype, device=device)
         operands = (hidden, weight, weight[:, 0].clone() if tokens == 38 else None)

@@ -328,7 +328,7 @@ def segment_pool_weight_bwd(
     mean: bool,
 ) -> Tensor:
     """Launch `_sum_kernel` for the means, unless it is a sum, and `_weight_bwd_kernel`."""
-    out = weight.new_empty(weight.shape) if order is None else torch.zeros_like(weight)
+    out = weight.new_empty(weight.shape) if order is None else weight.new_zeros(weight.shape)
     rows, segments = values.shape[0], grad.shape[0]
     if values.numel() == 0:
         return out.zero_()

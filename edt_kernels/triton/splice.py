@@ -214,12 +214,12 @@ def _tile(width: int) -> dict[str, int]:
 def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
     """Embeddings of a language model, short and long rows, with and without new rows."""
     offsets = torch.zeros(2, dtype=torch.int64, device=device)
-    tokens = torch.zeros(16, 2048, dtype=dtype, device=device)
+    tokens = torch.zeros(16, 512, dtype=dtype, device=device)
     for length in (16, 1040):
-        embeds = torch.zeros(1, length, 2048, dtype=dtype, device=device)
+        embeds = torch.zeros(1, length, 512, dtype=dtype, device=device)
         slots = torch.zeros(1, length, dtype=torch.bool, device=device)
         for kind, rows, ids in (("", None, None), ("-new", tokens, slots.long() - 1)):
-            name, new = f"{length}x2048{kind}", rows is not None
+            name, new = f"{length}x512{kind}", rows is not None
             yield Configuration(name, splice, (embeds, tokens, offsets, slots, rows, ids))
             call = (embeds, offsets, slots, ids, 16, 16 * new, (True, True, new))
             yield Configuration(name, splice_bwd, call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import pytest
@@ -15,12 +14,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 import triton.language as tl
 
-from edt_kernels import _library
-from edt_kernels.triton import MODULES
+from edt_kernels import _check, _library
+from edt_kernels.triton import configurations
 from edt_kernels.triton.launch import Launch, record
 from tests.triton.compiling import resources, specialised
 
-BUDGETS = {}
+# Of a thread, by the target's first letters, and of a program: what any GPU of the kind has.
+REGISTERS = {"sm": 255, "gfx": 512}
+SHARED_BYTES = 99 << 10
 
 
 def kernel_name(launch: Launch) -> str:
@@ -30,12 +31,10 @@ def kernel_name(launch: Launch) -> str:
 def shipped(dtype: torch.dtype) -> list[tuple[str, Launch]]:
     """The launches of all configurations that are compiled, each once, with a name."""
     found = {}
-    for name in MODULES:
-        module = importlib.import_module(f"edt_kernels.triton.{name}")
-        for configuration in module.configurations(torch.device("meta"), dtype):
-            for launch in record(configuration):
-                compiled = str((kernel_name(launch), specialised(launch), launch.options))
-                found.setdefault(compiled, (f"{kernel_name(launch)}-{configuration.name}", launch))
+    for configuration in configurations("meta", dtype):
+        for launch in record(configuration):
+            compiled = str((kernel_name(launch), specialised(launch), launch.options))
+            found.setdefault(compiled, (f"{kernel_name(launch)}-{configuration.name}", launch))
     return list(found.values())
 
 
@@ -59,10 +58,49 @@ CASES = [
 
 @pytest.mark.parametrize(("launch", "target"), CASES)
 def test_fits_its_budget(launch, target):
-    nvidia, amd, shared = BUDGETS.get(kernel_name(launch), (999, 999, 999999))
     needed = resources(launch, target)
-    print(f"##,{kernel_name(launch)},{target},{needed.registers},{needed.shared}")
     assert needed.ignored == []
     assert needed.spills == 0
-    assert needed.registers <= (amd if target.startswith("gfx") else nvidia)
-    assert needed.shared <= shared
+    assert needed.registers <= REGISTERS["gfx" if target.startswith("gfx") else "sm"]
+    assert needed.shared <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("dtype", _check.FLOATS, ids=str)
+def test_every_launcher_has_a_configuration(dtype):
+    configured = {configuration.launcher for configuration in configurations("meta", dtype)}
+    assert configured == {launcher() for launcher in _library.LAUNCHERS.values()}
+
+
+@triton.jit
+def _reads_one_of_two(read_ptr, ignored_ptr, out_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    x = tl.load(read_ptr + lane)
+    if BLOCK > 16:
+        x += tl.load(ignored_ptr + lane)
+    tl.store(out_ptr + lane, x)
+
+
+def test_a_tensor_that_is_not_read_is_found():
+    x = torch.zeros(16, device="meta")
+    launch = Launch(
+        _reads_one_of_two,
+        {"read_ptr": x, "ignored_ptr": x, "out_ptr": x, "BLOCK": 16},
+        {"num_warps": 1},
+    )
+    needed = resources(launch, "sm_90")
+    assert needed.ignored == ["ignored_ptr"] and needed.registers > 0
+
+
+@triton.jit
+def _keeps_too_much(x_ptr, out_ptr, steps, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + lane)
+    for _ in range(steps):
+        x = tl.exp(x) + tl.sum(x, 0)
+    tl.store(out_ptr + lane, x)
+
+
+def test_spills_are_found():
+    x = torch.zeros(1 << 14, device="meta")
+    arguments = {"x_ptr": x, "out_ptr": x, "steps": 5, "BLOCK": 1 << 14}
+    assert resources(Launch(_keeps_too_much, arguments, {"num_warps": 1}), "sm_90").spills > 0
