@@ -39,7 +39,7 @@ class _Models:
 
     def __init__(self, run: Run) -> None:
         self._device = run.device
-        self._changed = {"layers": 1} if run.tiny else {}
+        self._changed = {"layers": 1, "ffn": 64} if run.tiny else {}
 
     def of(self, dtype: torch.dtype) -> tuple[QFormer, QFormer]:
         built = connectors.build(dtype, **self._changed)
