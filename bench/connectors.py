@@ -18,8 +18,8 @@ from bench.workloads import (
     rows,
 )
 from edt_former.connectors import EDTFormer, QFormer
+from edt_former.connectors.padded import padded_read
 from edt_former.graph.encoder import GraphFeatures
-from edt_former.report.padded import padded_read
 from edt_kernels import Patches
 
 WIDTH = HEADS * HEAD_WIDTH
@@ -50,6 +50,15 @@ class Batch:
         atoms = rows(int(workload.atom_offsets[-1]), ENCODER_WIDTH, dtype=dtype, device=device)
         features = GraphFeatures(atoms, workload.atom_offsets)
         return cls(features, {"entropy": workload.patches})
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        values, offsets = self.features.values.to(device), self.features.offsets.to(device)
+        patches = {
+            source: Patches(*(x if x is None else x.to(device) for x in found))
+            for source, found in self.patches.items()
+        }
+        return Batch(GraphFeatures(values, offsets), patches)
 
 
 def build(dtype: torch.dtype, **changed: object) -> tuple[EDTFormer, QFormer]:

@@ -98,7 +98,7 @@ def _correct(run: Run, section: Section, changed: dict[str, object]) -> None:
 
 @torch.no_grad()
 def _bulk(run: Run, section: Section) -> None:
-    changed = {"layers": 1} if run.tiny else {}
+    changed = {"layers": 1, "ffn": 64} if run.tiny else {}
     _correct(run, section, changed)
     workload = (SCREEN_SMALL.first(2) if run.tiny else SCREEN_SMALL).to(run.device)
     longest = int(workload.atoms.max())

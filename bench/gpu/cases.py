@@ -93,7 +93,7 @@ class Call:
     def __init__(self, case: Case, device: torch.device | str, dtype: torch.dtype) -> None:
         self.case = case
         self.inputs = {
-            name: x.values.to(device, dtype).requires_grad_()
+            name: x.values.to(device, dtype, copy=True).requires_grad_()
             if _floats(x.values)
             else x.values.to(device)
             for name, x in case.inputs.items()

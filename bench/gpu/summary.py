@@ -56,7 +56,16 @@ def draw(sections: Sequence[Mapping], folder: Path) -> None:
                 outcome = _outcome(entry["outcome"])
                 by_op.setdefault(outcome.op, []).append(outcome)
     for op, outcomes in by_op.items():
-        pictures.contests(op, outcomes, folder / f"{op}.png")
+        pictures.contests(op, outcomes, folder / f"{op}.png", foot=foot(sections[0]))
+
+
+def foot(head: Mapping) -> str:
+    """Date, device, driver and versions of a file, in a line."""
+    device = head["device"]
+    if isinstance(device, Mapping):
+        device = f"{device['name']}, driver {device['driver']}, CUDA {head['cuda']}"
+    versions = (f"{name} {number}" for name, number in head["versions"].items() if number)
+    return f"{head['date']}, {device}; {', '.join(versions)}"
 
 
 def _outcome(kept: Mapping) -> Outcome:
