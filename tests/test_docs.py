@@ -26,7 +26,13 @@ NEED_THE_SHIPPED_MODELS = {
     "edt_former.shipped",
     "edt_former.tasks.evaluation",
 }
-NEED_AN_EXTRA = {"edt_former.compat.pyg": "torch_geometric", "edt_kernels.triton": "triton"}
+NEED_AN_EXTRA = {
+    "edt_former.compat.pyg": "torch_geometric",
+    "edt_former.data.format": "pyarrow",
+    "edt_former.data.preparation": "pyarrow",
+    "edt_former.tasks.properties": "sklearn",
+    "edt_kernels.triton": "triton",
+}
 
 
 def modules() -> list[str]:

@@ -38,7 +38,10 @@ def made(caption_file, tmp_path_factory, miniature):
         assert main(["prepare", str(caption_file), "--out", str(data), "--patches", "entropy"]) == 0
         training = {"steps": 40, "batch_size": 16, "learning_rate": 1e-2, "save_every": 40}
         recipes = {
-            "language": runs.language(folder / "language", data, training=training),
+            "language": runs.language(
+                *(folder / "language", data),
+                **{"training": {**training, "steps": 100}, "width": 32, "layers": 2, "ffn": 64},
+            ),
             "stage1": runs.stage1(folder / "stage1", data, training=training),
             "stage2": runs.stage2(
                 *(folder / "stage2", data, folder / "language/model"),

@@ -82,7 +82,6 @@ def schema() -> pa.Schema:
     """The columns. Arrays of a molecule are flat lists, see `WIDTHS`; atoms stand in the order of
     the canonical SMILES, bonds in both directions, sorted by target, then by source.
 
-    >>> import pytest; _ = pytest.importorskip("pyarrow")
     >>> schema().names
     ['number', 'file', 'id', 'molecules', 'text', 'turns', 'targets', 'reason']
     """

@@ -96,7 +96,7 @@ def prepare(
         FileNotFoundError: a source is missing.
         ValueError: `out` has data of other sources or options; there are no rows.
 
-    >>> import pytest, tempfile; _ = pytest.importorskip("pyarrow")
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "some.csv")
     ...     _ = path.write_text("smiles,text\\nCCO,an alcohol\\nC1CC,broken\\n")

@@ -17,7 +17,6 @@ def regression_scores(true: np.ndarray, predicted: np.ndarray) -> dict[str, floa
     Raises:
         ImportError: scikit-learn, which brings scipy, is not installed.
 
-    >>> import pytest; _ = pytest.importorskip("scipy")
     >>> regression_scores(np.array([1.0, 2.0, np.nan]), np.array([1.5, 2.5, 0.0]))["mae"]
     0.5
     """
@@ -41,7 +40,6 @@ def classification_scores(true: np.ndarray, probability: np.ndarray) -> dict[str
     Raises:
         ImportError: scikit-learn is not installed.
 
-    >>> import pytest; _ = pytest.importorskip("sklearn")
     >>> classification_scores(np.array([0.0, 1.0, 1.0]), np.array([0.1, 0.8, 0.4]))["auroc"]
     1.0
     """

@@ -111,10 +111,10 @@ class Audit:
         >>> _ = model[0].requires_grad_(False)
         >>> audit = Audit(model, {"1.weight", "1.bias"})
         >>> _ = model(torch.randn(3, 2))
-        >>> audit.check(model)
+        >>> audit.check(model)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        RuntimeError: a step changed what is not trained: 0.num_batches_tracked, ...
+        RuntimeError: a step changed what is not trained: 0.running_mean, 0.running_var, ...
     """
 
     def __init__(self, model: nn.Module, declared: Iterable[str]) -> None:
