@@ -46,6 +46,15 @@ def test_losses_fall(tmp_path, prepared_data, connector):
 PARTS = ("contrast", "matching", "captioning")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the process that is killed: sums of torch's products depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def whole(prepared_data, tmp_path_factory, miniature):
     """A run that nobody stopped."""
