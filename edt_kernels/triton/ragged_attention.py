@@ -172,6 +172,18 @@ def _product(a, b, ACC: tl.constexpr):
 
 
 @triton.jit
+def _row_products(a, b, SLICES: tl.constexpr, ACC: tl.constexpr):
+    """a b^T in slices of the width of a head, one after the other's registers."""
+    if SLICES == 1:
+        return _product(a, tl.trans(b), ACC)
+    else:
+        WIDTH: tl.constexpr = a.shape[1] // SLICES
+        a = tl.permute(tl.reshape(a, (a.shape[0], SLICES, WIDTH)), (1, 0, 2))
+        b = tl.permute(tl.reshape(b, (b.shape[0], SLICES, WIDTH)), (1, 2, 0))
+        return tl.sum(_product(a, b, ACC), 0)
+
+
+@triton.jit
 def _add_product(total, a, b, ACC: tl.constexpr):
     return tl.dot(a, b, total, input_precision="ieee", out_dtype=ACC)
 
@@ -185,9 +197,10 @@ def _logits(
     bias_ptr,
     HEADS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     """x of a tile, -inf where a key is not seen."""
-    x = _product(q, tl.trans(k), scale.dtype) * scale
+    x = _row_products(q, k, SLICES, scale.dtype) * scale
     x = _add_pairs(x, bias_ptr, tile, HEADS)
     return tl.where(_seen(tile, CAUSAL), x, float("-inf"))
 
@@ -227,6 +240,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LOOP_N: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -271,7 +285,7 @@ def _forward_kernel(
         k = _load_rows(k_ptr, 0, keys, K_ROW, D, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
         tile = head, row, key, queries, keys, pitch
-        x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL)
+        x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL, SLICES)
         _store_pairs(scores_ptr, x, tile, HEADS)
         top = tl.max(x, 1, keep_dims=True)
         p = tl.exp(x - _finite(top))
@@ -297,7 +311,7 @@ def _forward_kernel(
                 k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                 v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
                 tile = head, row, key, queries, keys, pitch
-                x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL)
+                x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL, SLICES)
                 _store_pairs(scores_ptr, x, tile, HEADS)
                 higher = tl.maximum(top, tl.max(x, 1, keep_dims=True))
                 shrink = tl.exp(top - _finite(higher))
@@ -331,13 +345,14 @@ def _recompute(
     bias_ptr,
     HEADS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     """P, M P and dP of a tile."""
     scale, drop_below, keep_scale = factors
-    x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL)
+    x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL, SLICES)
     p = tl.exp(x - _finite(lse))
     kept = p
-    dp = _product(grad, tl.trans(v), scale.dtype)
+    dp = _row_products(grad, v, SLICES, scale.dtype)
     if seed is not None:
         m = _dropout(seed, tile, drop_below, keep_scale)
         kept = m * p
@@ -407,6 +422,7 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LOOP_N: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     KV_HEADS: tl.constexpr = HEADS // GROUP
@@ -465,7 +481,9 @@ def _backward_kernel(
         v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
         lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
         tile = head, row, key, queries, keys, pitch
-        p, kept, dp = _recompute(q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL)
+        p, kept, dp = _recompute(
+            q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
+        )
         dv = _product(tl.trans(grad), kept.to(grad.dtype), ACC)
         _store_rows(dv_ptr, tl.trans(dv), 0, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
         shift = tl.sum(p * dp, 1, keep_dims=True)
@@ -499,7 +517,7 @@ def _backward_kernel(
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
                     tile = head, row, key, queries, keys, pitch
                     p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
+                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
                     )
                     shift += tl.sum(p * dp, 1, keep_dims=True)
                 _store_numbers(shift_ptr + head, shift, row, queries, HEADS)
@@ -513,7 +531,7 @@ def _backward_kernel(
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
                     tile = head, row, key, queries, keys, pitch
                     p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
+                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
                     )
                     dx = _logit_grads(
                         p, dp, shift, tile, grad_scores_ptr, dbias_ptr, HEADS, CAUSAL
@@ -545,7 +563,7 @@ def _backward_kernel(
                     shift = _load_numbers(shift_ptr + head, row, queries, HEADS)
                     tile = head, row, key, queries, keys, pitch
                     p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
+                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
                     )
                     dv = _add_product(dv, tl.trans(grad), kept.to(grad.dtype), ACC)
                     dx = _logit_grads(p, dp, shift, tile, grad_scores_ptr, None, HEADS, CAUSAL).to(
@@ -589,6 +607,7 @@ class Tiles(NamedTuple):
     keys: int
     loop_keys: int
     warps: int
+    slices: int = 1
 
 
 # By bytes of a number and width of a head rounded up to a power of two.
@@ -788,6 +807,7 @@ def _options(
         "BLOCK_M": tiles.queries,
         "BLOCK_N": tiles.keys,
         "LOOP_N": tiles.loop_keys,
+        "SLICES": tiles.slices,
         "BLOCK_D": block_d,
         "num_warps": tiles.warps,
         "num_stages": 1,
