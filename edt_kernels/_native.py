@@ -1,4 +1,4 @@
-"""Loads the native CPU kernels, and says which backend is active and why."""
+"""Loads the native CPU kernels, and says which backends are active and why."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -71,27 +72,30 @@ def build_info() -> dict[str, object]:
 
     Returns:
         A dict with `native` (are the CPU kernels loaded), `reason` (why not, or None), `file` (from
-        where, or None), `cpu_isa` (the instruction set in use, or None), `torch` (its version) and
-        `ops` (per op the backend that serves CPU tensors: "native" or "reference").
+        where, or None), `cpu_isa` (the instruction set in use, or None), `torch` (its version),
+        `ops` (per op the backend that serves CPU tensors: "native" or "reference"), `triton` (its
+        version, or None where it is not installed) and `cuda_ops` (per op the backend that serves
+        CUDA tensors: "triton" or "reference"). An op that has a Triton kernel is served by it
+        wherever Triton is installed, which is not imported before.
 
     Example:
         >>> import edt_kernels
         >>> sorted(edt_kernels.build_info())
-        ['cpu_isa', 'file', 'native', 'ops', 'reason', 'torch']
+        ['cpu_isa', 'cuda_ops', 'file', 'native', 'ops', 'reason', 'torch', 'triton']
     """
     from edt_kernels import _library
 
-    served = {
-        name: "native"
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"edt::{name}", "CPU")
-        else "reference"
-        for name in _library.NAMES
-    }
+    def served(name: str, device: str, kernel: str) -> str:
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"edt::{name}", device)
+        return kernel if has_kernel else "reference"
+
     return {
         "native": _failure is None,
         "reason": _failure,
         "file": getattr(sys.modules.get("edt_kernels._C"), "__file__", None),
         "cpu_isa": _isa,
         "torch": torch.__version__,
-        "ops": served,
+        "ops": {name: served(name, "CPU", "native") for name in _library.NAMES},
+        "triton": metadata.version("triton") if _library.has_triton() else None,
+        "cuda_ops": {name: served(name, "CUDA", "triton") for name in _library.NAMES},
     }

@@ -169,16 +169,16 @@ class TestKernels:
 
 
 def test_who_serves_the_gpu(monkeypatch):
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: False)
-    finding = doctor._gpu_ops({"ops": {"splice": "native", "entropy": "native"}})
-    assert finding.told == "torch reference (no GPU kernel for this op): entropy, splice"
-    monkeypatch.setattr(
-        torch._C,
-        "_dispatch_has_kernel_for_dispatch_key",
-        lambda op, key: (op, key) == ("edt::splice", "CUDA"),
+    ops = {"splice": "triton", "entropy": "reference"}
+    finding = doctor._gpu_ops({"cuda_ops": ops, "triton": "3.9.0"})
+    assert (finding.state, finding.remedy) == (OK, "")
+    assert finding.told == (
+        "triton (Triton 3.9.0): splice; reference (no Triton kernel for this op): entropy"
     )
-    finding = doctor._gpu_ops({"ops": {"splice": "native", "entropy": "native"}})
-    assert finding.told == ("kernels: splice; torch reference (no GPU kernel for this op): entropy")
+    assert finding.data["splice"] == {"backend": "triton", "why": "Triton 3.9.0"}
+    finding = doctor._gpu_ops({"cuda_ops": {"splice": "reference"}, "triton": None})
+    assert (finding.state, finding.remedy) == (PROBLEM, "pip install triton")
+    assert finding.told == "reference (Triton is not installed): splice"
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert ("ops on the GPU" in {f.subject for f in doctor._kernels()}) == there

@@ -1,7 +1,7 @@
 """Triton kernels of the ops for GPUs; imported by the first call that needs one.
 
 Every module holds the kernels of one op, launchers with the signatures of the raw ops, and
-`configurations(device)`: calls that together launch every kernel as it ships.
+`configurations(device, dtype)`: calls that together launch every kernel as it ships.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ MODULES = (
 )
 
 
-def configurations(device: torch.device | str) -> Iterator[Configuration]:
-    """The configurations of every module; imports Triton.
+def configurations(device: torch.device | str, dtype: torch.dtype) -> Iterator[Configuration]:
+    """The configurations of every module for numbers of one dtype; imports Triton.
 
     On "meta" they can be recorded (`launch.record`), on a GPU they run on next to nothing.
     """
     for name in MODULES:
         module = importlib.import_module(f"edt_kernels.triton.{name}")
-        yield from module.configurations(torch.device(device))
+        yield from module.configurations(torch.device(device), dtype)

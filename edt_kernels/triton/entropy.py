@@ -135,7 +135,7 @@ def _entropy_bwd_kernel(
 def tile(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and tokens that a program reads at a time."""
     tokens = min(4096, triton.next_power_of_2(width))
-    rows = max(1, min(32, (512 if dtype == torch.float64 else 1024) // tokens))
+    rows = max(1, (256 if dtype == torch.float64 else 512) // tokens)
     return {"BLOCK_N": rows, "BLOCK_V": tokens, "num_warps": 8 if tokens == 4096 else 4}
 
 
@@ -191,16 +191,13 @@ def entropy_bwd(
     return out
 
 
-def configurations(device: torch.device) -> Iterator[Configuration]:
-    """A vocabulary of atoms, one of a few hundred tokens, and those of language models."""
+def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
+    """A vocabulary of atoms and that of a language model."""
     offsets = torch.zeros(2, dtype=torch.int64, device=device)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for width in (38, 300, 32000):
-            logits = torch.zeros(2, width, dtype=dtype, device=device)
-            name = f"{dtype}-{width}".removeprefix("torch.")
-            yield Configuration(name, entropy, (logits, 1.0))
-            yield Configuration(f"{name}-offsets", entropy, (logits, 1.0, offsets))
-            row = torch.zeros(2, dtype=torch.promote_types(dtype, torch.float32), device=device)
-            saved = (row, logits, row, row, row, 1.0)
-            yield Configuration(name, entropy_bwd, (*saved, None))
-            yield Configuration(f"{name}-offsets", entropy_bwd, (*saved, offsets))
+    row = torch.zeros(2, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    for width in (38, 32000):
+        logits = torch.zeros(2, width, dtype=dtype, device=device)
+        saved = (row, logits, row, row, row, 1.0)
+        yield Configuration(f"{width}", entropy, (logits, 1.0))
+        yield Configuration(f"{width}", entropy_bwd, (*saved, None))
+        yield Configuration(f"{width}-offsets", entropy_bwd, (*saved, offsets))

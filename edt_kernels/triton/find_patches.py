@@ -29,9 +29,7 @@ def _look(entropy_ptr, atom, begin, end, ACC: tl.constexpr):
 
 
 @triton.jit
-def _candidates(
-    entropy_ptr, opens_ptr, atom, begin, end, BACK: tl.constexpr, ACC: tl.constexpr
-):
+def _candidates(entropy_ptr, opens_ptr, atom, begin, end, BACK: tl.constexpr, ACC: tl.constexpr):
     """Entropies to choose from, and which exist.
 
     Those of all atoms; or with `opens_ptr` those that decided boundaries, BACK atoms before them,
@@ -60,8 +58,8 @@ def _select(
 
     Four bits at a time of the unsigned integers that are ordered as the floats are.
     """
-    BITS: tl.constexpr = 64 if ACC == tl.float64 else 32
-    KEY: tl.constexpr = tl.uint64 if ACC == tl.float64 else tl.uint32
+    BITS: tl.constexpr = ACC.primitive_bitwidth
+    KEY: tl.constexpr = tl.uint64 if BITS == 64 else tl.uint32
     top = tl.full((), 1, KEY) << (BITS - 1)
     chosen = tl.full((), 0, KEY)
     for step in range(BITS // 4):
@@ -387,13 +385,12 @@ def find_patches(
     return cut.numbered()
 
 
-def configurations(device: torch.device) -> Iterator[Configuration]:
+def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
     """Every rule, without limits and with all."""
     offsets = torch.zeros(2, dtype=torch.int64, device=device)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        entropy = torch.zeros(16, dtype=dtype, device=device)
-        for rule in range(4):
-            for limits in ((1, None, None), (2, 5, 4)):
-                name = f"{dtype}-rule{rule}{'-limits' * (limits[0] > 1)}".removeprefix("torch.")
-                call = (entropy, offsets, rule, 0.75, *limits, 16)
-                yield Configuration(name, find_patches, call)
+    entropy = torch.zeros(16, dtype=dtype, device=device)
+    for rule in range(4):
+        for limits in ((1, None, None), (2, 5, 4)):
+            name = f"rule{rule}{'-limits' * (limits[0] > 1)}"
+            call = (entropy, offsets, rule, 0.75, *limits, 16)
+            yield Configuration(name, find_patches, call)

@@ -12,7 +12,7 @@ class Configuration(NamedTuple):
     """A call of a launcher whose launches ship.
 
     Attributes:
-        name: dtype and sizes, as in "fp32-768".
+        name: sizes and options, as in "768-order".
         launcher: takes what the raw op takes.
         arguments: of the launcher, all tensors 0 on one device.
     """

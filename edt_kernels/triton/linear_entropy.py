@@ -407,18 +407,13 @@ def _tile(dtype: torch.dtype, tokens: int) -> dict[str, object]:
     }
 
 
-def configurations(device: torch.device) -> Iterator[Configuration]:
-    """A vocabulary of atoms and one of a language model."""
-    shapes = {torch.float32: ((38, 128), (4112, 2048)), torch.float64: ((38, 128),)}
-    shapes |= {torch.bfloat16: shapes[torch.float32], torch.float16: shapes[torch.float64]}
-    for dtype, sizes in shapes.items():
-        row = torch.zeros(16, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        for tokens, depth in sizes:
-            hidden = torch.zeros(16, depth, dtype=dtype, device=device)
-            weight = torch.zeros(tokens, depth, dtype=dtype, device=device)
-            name = f"{dtype}-{tokens}x{depth}".removeprefix("torch.")
-            # A head of atoms has a bias, that of a language model has none.
-            operands = (hidden, weight, weight[:, 0].clone() if tokens == 38 else None)
-            yield Configuration(name, linear_entropy, (*operands, 1.0))
-            call = (row, *operands, row, row, row, 1.0, True, True)
-            yield Configuration(name, linear_entropy_bwd, call)
+def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
+    """A vocabulary of atoms, with a bias, and that of a language model, without."""
+    row = torch.zeros(16, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    for tokens, depth in ((38, 128), (4112, 64)):
+        hidden = torch.zeros(16, depth, dtype=dtype, device=device)
+        weight = torch.zeros(tokens, depth, dtype=dtype, device=device)
+        operands = (hidden, weight, weight[:, 0].clone() if tokens == 38 else None)
+        yield Configuration(f"{tokens}x{depth}", linear_entropy, (*operands, 1.0))
+        call = (row, *operands, row, row, row, 1.0, True, True)
+        yield Configuration(f"{tokens}x{depth}", linear_entropy_bwd, call)

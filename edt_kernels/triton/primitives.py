@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """What sums of a dtype run in: fp32, and fp64 where the numbers are."""
     return tl.float64 if dtype == torch.float64 else tl.float32
@@ -79,5 +80,6 @@ def copy_rows(
     for column in range(0, width, BLOCK_D):
         columns = column + tl.arange(0, BLOCK_D)
         known = (columns < width)[None, :]
-        x = tl.load(in_ptr + source[:, None] * width + columns[None, :], found[:, None] & known, 0.0)
+        from_row = in_ptr + source[:, None] * width + columns[None, :]
+        x = tl.load(from_row, found[:, None] & known, 0.0)
         tl.store(out_ptr + row[:, None] * width + columns[None, :], x, exists[:, None] & known)

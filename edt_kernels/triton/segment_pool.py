@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from edt_kernels.reference.segment_pool import source_dtype
 from edt_kernels.triton.launch import Configuration, launch
 from edt_kernels.triton.primitives import accumulator, dense, tail_programs, zero_rows
+
 
 @triton.jit
 def _mass(begin, end, order_ptr, weight_ptr, ACC: tl.constexpr):
@@ -326,7 +328,7 @@ def segment_pool_weight_bwd(
     mean: bool,
 ) -> Tensor:
     """Launch `_sum_kernel` for the means, unless it is a sum, and `_weight_bwd_kernel`."""
-    out = weight.new_empty(weight.shape) if order is None else torch.zeros_like(weight)
+    out = weight.new_empty(weight.shape) if order is None else weight.new_zeros(weight.shape)
     rows, segments = values.shape[0], grad.shape[0]
     if values.numel() == 0:
         return out.zero_()
@@ -352,8 +354,7 @@ def segment_extreme(
 ) -> tuple[Tensor, Tensor]:
     """Launch `_extreme_kernel`."""
     out = values.new_empty(offsets.shape[0] - 1, *values.shape[1:])
-    wide = values.dtype == torch.float64
-    source = torch.empty_like(out, dtype=torch.int64 if wide else torch.int32)
+    source = torch.empty_like(out, dtype=source_dtype(values.dtype))
     if out.numel() == 0:
         return out, source
     width = out.numel() // out.shape[0]
@@ -396,24 +397,22 @@ def _programs(segments: int, order: Tensor | None, rows: int, block: int) -> int
     return segments + (tail_programs(rows, block) if order is None else 0)
 
 
-def configurations(device: torch.device) -> Iterator[Configuration]:
-    """Wide rows and one column, with and without order and weight."""
+def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Atoms of a graph encoder, in runs and by order and weight, and one column."""
     offsets = torch.zeros(2, dtype=torch.int64, device=device)
     order = torch.zeros(16, dtype=torch.int64, device=device)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for width in (768, 1):
-            values = torch.zeros(16, width, dtype=dtype, device=device)
-            weight, grad = values[:, 0].clone(), values[:1]
-            name = f"{dtype}-{width}".removeprefix("torch.")
-            for suffix, o, w in (("", None, None), ("-order-weight", order, weight)):
-                call = (offsets, o, w)
-                yield Configuration(name + suffix, segment_pool, (values, *call, True))
-                yield Configuration(name + suffix, segment_pool, (values, *call, False))
-                yield Configuration(name + suffix, segment_pool_bwd, (grad, *call, 16, True))
-                yield Configuration(name + suffix, segment_extreme, (values, offsets, o, True))
-                source = torch.zeros(1, width, dtype=torch.int32, device=device)
-                source = source.long() if dtype == torch.float64 else source
-                call = (grad, source, offsets, o, 16)
-                yield Configuration(name + suffix, segment_extreme_bwd, call)
-            call = (grad, values, offsets, None, weight)
-            yield Configuration(name + "-weight", segment_pool_weight_bwd, (*call, True))
+    for width in (768, 1):
+        values = torch.zeros(16, width, dtype=dtype, device=device)
+        weight, grad = values[:, 0].clone(), values[:1]
+        source = torch.zeros(1, width, dtype=source_dtype(dtype), device=device)
+        for kind, o, w in (("", None, None), ("-order-weight", order, weight)):
+            name, call = f"{width}{kind}", (offsets, o, w)
+            yield Configuration(name, segment_pool, (values, *call, True))
+            yield Configuration(name, segment_pool_bwd, (grad, *call, 16, True))
+            if width == 1:
+                continue
+            yield Configuration(name, segment_pool, (values, *call, False))
+            yield Configuration(name, segment_extreme, (values, offsets, o, True))
+            yield Configuration(name, segment_extreme_bwd, (grad, source, offsets, o, 16))
+            if w is not None:
+                yield Configuration(name, segment_pool_weight_bwd, (grad, values, *call, True))

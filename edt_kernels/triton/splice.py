@@ -211,20 +211,15 @@ def _tile(width: int) -> dict[str, int]:
     return {"BLOCK_N": min(128, 2048 // columns), "BLOCK_D": columns, "num_warps": 4}
 
 
-def configurations(device: torch.device) -> Iterator[Configuration]:
+def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
     """Embeddings of a language model, short and long rows, with and without new rows."""
     offsets = torch.zeros(2, dtype=torch.int64, device=device)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        tokens = torch.zeros(16, 2048, dtype=dtype, device=device)
-        for length in (16, 1040):
-            name = f"{dtype}-{length}x2048".removeprefix("torch.")
-            embeds = torch.zeros(1, length, 2048, dtype=dtype, device=device)
-            slots = torch.zeros(1, length, dtype=torch.bool, device=device)
-            new_ids = slots.long() - 1
-            yield Configuration(name, splice, (embeds, tokens, offsets, slots, None, None))
-            call = (embeds, offsets, slots, None, 16, 0, (True, True, False))
+    tokens = torch.zeros(16, 512, dtype=dtype, device=device)
+    for length in (16, 1040):
+        embeds = torch.zeros(1, length, 512, dtype=dtype, device=device)
+        slots = torch.zeros(1, length, dtype=torch.bool, device=device)
+        for kind, rows, ids in (("", None, None), ("-new", tokens, slots.long() - 1)):
+            name, new = f"{length}x512{kind}", rows is not None
+            yield Configuration(name, splice, (embeds, tokens, offsets, slots, rows, ids))
+            call = (embeds, offsets, slots, ids, 16, 16 * new, (True, True, new))
             yield Configuration(name, splice_bwd, call)
-            call = (embeds, tokens, offsets, slots, tokens, new_ids)
-            yield Configuration(f"{name}-new", splice, call)
-            call = (embeds, offsets, slots, new_ids, 16, 16, (True, True, True))
-            yield Configuration(f"{name}-new", splice_bwd, call)

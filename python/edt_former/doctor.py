@@ -233,14 +233,22 @@ def _ops(info: dict) -> Finding:
 
 
 def _gpu_ops(info: dict) -> Finding:
-    """Which ops have kernels for CUDA tensors."""
-    from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
-
-    served = [name for name in info["ops"] if has_kernel(f"edt::{name}", "CUDA")]
-    others = sorted({*info["ops"]} - {*served})
-    parts = [f"kernels: {', '.join(served)}"] if served else []
-    parts += [f"torch reference (no GPU kernel for this op): {', '.join(others)}"] if others else []
-    return Finding("ops on the GPU", OK, "; ".join(parts), data={"kernels": served})
+    """Which backend serves CUDA tensors, and why."""
+    ops, installed = info["cuda_ops"], info["triton"]
+    why = {
+        "triton": f"Triton {installed}",
+        "reference": "no Triton kernel for this op" if installed else "Triton is not installed",
+    }
+    by_backend = {backend: sorted(name for name in ops if ops[name] == backend) for backend in why}
+    told = "; ".join(
+        f"{backend} ({why[backend]}): {', '.join(names)}"
+        for backend, names in by_backend.items()
+        if names
+    )
+    data = {name: {"backend": backend, "why": why[backend]} for name, backend in ops.items()}
+    if installed:
+        return Finding("ops on the GPU", OK, told, data=data)
+    return Finding("ops on the GPU", PROBLEM, told, "pip install triton", data)
 
 
 def _compiler() -> Iterator[Finding]:

@@ -58,7 +58,7 @@ def resources(launch: Launch, target: str) -> Resources:
     read = _of_amdgcn if target.startswith("gfx") else _of_cubin
     registers, spills = read(compiled.asm)
     pointers = re.findall(r"%([\w.]+): !tt.ptr", compiled.asm["ttgir"])
-    ignored = [p for p in pointers if len(re.findall(rf"%{p}\\b", compiled.asm["ttgir"])) == 1]
+    ignored = [p for p in pointers if len(re.findall(rf"%{p}\b", compiled.asm["ttgir"])) == 1]
     return Resources(registers, compiled.metadata.shared, spills, ignored)
 
 
@@ -85,7 +85,7 @@ def specialised(launch: Launch) -> tuple[dict, dict, dict]:
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     for i, param in enumerate(launch.kernel.params):
-        value = launch.arguments[param.name] if param.name in launch.arguments else param.default
+        value = launch.arguments.get(param.name, param.default)
         signature[param.name] = kind(value, (i,), param)
     return signature, constants, attributes
 

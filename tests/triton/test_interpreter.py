@@ -17,8 +17,8 @@ FOLDER = Path(__file__).with_name("interpreted")
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
 def test_interpreted(file):
     """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported."""
-    options = "-c /dev/null --import-mode=importlib -p no:cacheprovider -q -x".split()
-    command = [sys.executable, "-m", "pytest", *options, f"--confcutdir={FOLDER}", file]
+    options = ["-q", "-c", os.devnull, "--import-mode=importlib", f"--confcutdir={FOLDER}"]
+    command = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", file]
     path = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
         command,
