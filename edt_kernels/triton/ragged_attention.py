@@ -12,6 +12,7 @@ Tiles are [BLOCK_M queries, BLOCK_N keys]; rows, columns and pairs outside a mol
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from edt_kernels.reference.entropy import accumulation_dtype
-from edt_kernels.triton.launch import launch
+from edt_kernels.triton.launch import Configuration, launch
 from edt_kernels.triton.primitives import accumulator, dense, tail_programs
 
 
@@ -601,7 +602,15 @@ def _pair_offsets_kernel(
 
 
 class Tiles(NamedTuple):
-    """A kernel's tile of queries and keys, the keys of a tile in loops, and warps."""
+    """How a kernel cuts its work.
+
+    Attributes:
+        queries: of a tile.
+        keys: of the tile of a molecule that fits one.
+        loop_keys: of the tiles of one that does not.
+        warps: of a program.
+        slices: of the width of a head in q k^T; fewer numbers of a thread are in registers at once.
+    """
 
     queries: int
     keys: int
@@ -610,18 +619,36 @@ class Tiles(NamedTuple):
     slices: int = 1
 
 
-# By bytes of a number and width of a head rounded up to a power of two.
+# By bytes of a number and width of a head, rounded up to a power of two: without pairs, and with a
+# bias or scores. Constants, so that a molecule has the same bits in every batch.
+#
+# They are chosen from what the compiled kernels need (registers, shared memory, no spills) and from
+# arithmetic for an H200, not measured. Attention of 40 queries over 30 atoms, 64 wide in bfloat16,
+# does 17 operations a byte and is bound by memory: a multiprocessor's share of 4.3 TB/s is 33 bytes
+# a ns, a program reads and writes 18 KB (backward 31 KB) and most of its microseconds are waiting.
+# 5 programs (backward 3) share a multiprocessor and wait together. Molecules up to 64 atoms fit a
+# tile; tiles of loops are narrow because the accumulators of loops are what fills registers.
 _FORWARD = {
-    **{(2, d): Tiles(64, 64, 32, 4) for d in (16, 32, 64)},
-    **{(2, d): Tiles(64, 32, 32, 4) for d in (128, 256)},
-    **{(4, d): Tiles(32, 32, 32, 4) for d in (16, 32, 64, 128, 256)},
-    **{(8, d): Tiles(16, 16, 16, 4) for d in (16, 32, 64, 128, 256)},
+    (2, 64): (Tiles(64, 64, 32, 4), Tiles(64, 32, 16, 4)),
+    (2, 128): (Tiles(64, 64, 32, 4), Tiles(64, 32, 16, 4)),
+    (2, 256): (Tiles(32, 32, 32, 8), Tiles(32, 32, 32, 8)),
+    (4, 16): (Tiles(64, 32, 32, 4), Tiles(32, 32, 32, 4)),
+    (4, 32): (Tiles(64, 32, 32, 8), Tiles(32, 32, 32, 4)),
+    (4, 64): (Tiles(64, 32, 32, 8), Tiles(64, 32, 16, 8)),
+    (4, 128): (Tiles(32, 32, 32, 8), Tiles(32, 32, 16, 8)),
+    (4, 256): (Tiles(16, 16, 16, 8), Tiles(16, 16, 16, 8)),
+    **{(8, d): (Tiles(16, 16, 16, 4), Tiles(16, 16, 16, 4)) for d in (16, 32, 64, 128, 256)},
 }
 _BACKWARD = {
-    **{(2, d): Tiles(64, 64, 32, 4) for d in (16, 32, 64)},
-    **{(2, d): Tiles(64, 32, 32, 4) for d in (128, 256)},
-    **{(4, d): Tiles(32, 32, 16, 4) for d in (16, 32, 64, 128, 256)},
-    **{(8, d): Tiles(16, 16, 16, 4) for d in (16, 32, 64, 128, 256)},
+    (2, 64): (Tiles(64, 64, 32, 4), Tiles(64, 32, 16, 4)),
+    (2, 128): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
+    (2, 256): (Tiles(16, 32, 16, 4), Tiles(16, 32, 16, 4)),
+    (4, 16): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
+    (4, 32): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
+    (4, 64): (Tiles(64, 32, 16, 8, 4), Tiles(16, 16, 16, 8)),
+    (4, 128): (Tiles(32, 32, 16, 8, 4), Tiles(16, 16, 16, 8)),
+    (4, 256): (Tiles(16, 16, 16, 8, 4), Tiles(16, 16, 16, 8, 4)),
+    **{(8, d): (Tiles(16, 16, 16, 4), Tiles(16, 16, 16, 4)) for d in (16, 32, 64, 128, 256)},
 }
 
 
@@ -697,7 +724,7 @@ def ragged_attention_general(
         *(out, lse, scores if return_scores else None),
         *(q.stride(1), k.stride(1), v.stride(1)),
         *(molecules, rows, pairs),
-        **_options(_FORWARD, q, k, v, causal, scale, seed, dropout_p),
+        **_options(_FORWARD, q, k, v, pair_offsets, causal, scale, seed, dropout_p),
         INDEX=_index(bias, scores),
     )
     return out, lse, scores
@@ -744,7 +771,7 @@ def ragged_attention_general_bwd(
         *(grad.stride(1), q.stride(1)),
         *(k.stride(1), v.stride(1)),
         *(molecules, rows, key_rows, pairs),
-        **_options(_BACKWARD, q, k, v, causal, scale, seed, dropout_p),
+        **_options(_BACKWARD, q, k, v, pair_offsets, causal, scale, seed, dropout_p),
         INDEX=_index(bias, grad_scores),
         GRAD_ROW=grad.stride(0),
     )
@@ -776,10 +803,11 @@ def _seed(seed: Tensor | None, dropout_p: float) -> Tensor | None:
 
 
 def _options(
-    table: dict[tuple[int, int], Tiles],
+    table: dict[tuple[int, int], tuple[Tiles, Tiles]],
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    pair_offsets: Tensor | None,
     causal: bool,
     scale: float | None,
     seed: Tensor | None,
@@ -789,8 +817,9 @@ def _options(
     heads, width = q.shape[1:]
     if width > 256:
         raise ValueError(f"q must have shape [Tq, H, D] with D <= 256 on a GPU, got {width}")
-    block_d = max(16, triton.next_power_of_2(width))
-    tiles = table[q.element_size(), block_d]
+    # Tensor cores take 64 at a time, the units of wider numbers one.
+    block_d = max(64 if q.element_size() == 2 else 16, triton.next_power_of_2(width))
+    tiles = table[q.element_size(), block_d][pair_offsets is not None]
     return {
         "scale": 1 / math.sqrt(width) if scale is None else float(scale),
         "drop_below": int(dropout_p * 2**32),
@@ -812,3 +841,31 @@ def _options(
         "num_warps": tiles.warps,
         "num_stages": 1,
     }
+
+
+def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Heads of every width that has tiles of its own; every option; 12 heads of 64 come last."""
+    offsets, seed = (torch.zeros(n, dtype=torch.int64, device=device) for n in (2, 1))
+
+    def calls(
+        name: str, width: int, kv_heads: int = 12, causal: bool = False, pairs: bool = False
+    ) -> Iterator[Configuration]:
+        q, k = (torch.zeros(16, n, width, dtype=dtype, device=device) for n in (12, kv_heads))
+        lse = q.new_zeros(16, 12, dtype=accumulation_dtype(dtype))
+        bias = q.new_zeros(16, 12) if pairs else None
+        operands = (q, k, k, bias, seed)
+        options = (offsets, offsets, causal, None, 0.1)
+        yield Configuration(name, ragged_attention_general, (*operands, *options, pairs))
+        call = (q, lse, bias, *operands, lse, *options)
+        yield Configuration(name, ragged_attention_general_bwd, call)
+        if not pairs:
+            yield Configuration(name, ragged_attention, (q, k, k, *options[:-1]))
+            call = (q, None, q, k, k, lse, *options[:-1])
+            yield Configuration(name, ragged_attention_bwd, call)
+
+    for width in sorted({width for size, width in _FORWARD if size == dtype.itemsize}):
+        yield from calls(f"pairs-{width}", width, pairs=True)
+        yield from calls(str(width), width)
+    yield from calls("causal-64", 64, causal=True)
+    yield from calls("grouped-64", 64, kv_heads=4)
+    yield from calls("64", 64)
