@@ -13,6 +13,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 NATIVE = os.environ.get("EDT_NATIVE", "")  # 1: must build, 0: never, unset: where it can
+CUDA = os.environ.get("EDT_CUDA_NATIVE") == "1"  # then the CUDA kernels, too, and they must
 
 
 def torch_folder() -> Path | None:
@@ -35,6 +36,7 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DTORCH_FOLDER={torch}"]
         python = sysconfig.get_path("include")
         configure += [f"-DPYTHON_INCLUDE={python}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}"]
+        configure += [f"-DEDT_CUDA_NATIVE={'ON' if CUDA else 'OFF'}"]
         try:
             subprocess.run(configure, check=True, stdout=sys.stderr)
             subprocess.run(["cmake", "--build", build], check=True, stdout=sys.stderr)
@@ -43,7 +45,7 @@ class CMakeBuild(build_ext):
             raise CompileError(f"CMake did not build the native module: {error}") from error
 
 
-native = Extension("edt_kernels._C", [], py_limited_api=True, optional=NATIVE != "1")
+native = Extension("edt_kernels._C", [], py_limited_api=True, optional=NATIVE != "1" and not CUDA)
 setup(
     ext_modules=[] if NATIVE == "0" else [native],
     cmdclass={"build_ext": CMakeBuild},

@@ -18,8 +18,8 @@ from bench.workloads import (
     rows,
 )
 from edt_former.connectors import EDTFormer, QFormer
+from edt_former.connectors.padded import padded_read
 from edt_former.graph.encoder import GraphFeatures
-from edt_former.report.padded import padded_read
 from edt_kernels import Patches
 
 WIDTH = HEADS * HEAD_WIDTH
@@ -46,15 +46,29 @@ class Batch:
     @classmethod
     def of(cls, workload: Workload, dtype: torch.dtype) -> Batch:
         """Random features, the same in every dtype up to its rounding."""
-        atoms = rows(int(workload.atom_offsets[-1]), ENCODER_WIDTH, dtype=dtype)
+        device = workload.atoms.device
+        atoms = rows(int(workload.atom_offsets[-1]), ENCODER_WIDTH, dtype=dtype, device=device)
         features = GraphFeatures(atoms, workload.atom_offsets)
         return cls(features, {"entropy": workload.patches})
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        values, offsets = self.features.values.to(device), self.features.offsets.to(device)
+        patches = {
+            source: Patches(*(x if x is None else x.to(device) for x in found))
+            for source, found in self.patches.items()
+        }
+        return Batch(GraphFeatures(values, offsets), patches)
 
-def build(dtype: torch.dtype) -> tuple[EDTFormer, QFormer]:
-    """EDT-Former's connector, and the static Q-Former that shares its weights; no dropout."""
+
+def build(dtype: torch.dtype, **changed: object) -> tuple[EDTFormer, QFormer]:
+    """EDT-Former's connector, and the static Q-Former that shares its weights; no dropout.
+
+    They are of `SIZE`, less what is `changed`.
+    """
     torch.manual_seed(0)
-    dynamic, static = EDTFormer(SIZE).to(dtype), QFormer(SIZE).to(dtype)
+    size = {**SIZE, **changed}
+    dynamic, static = EDTFormer(size).to(dtype), QFormer(size).to(dtype)
     shared = dynamic.state_dict(keep_vars=True)
     static.load_state_dict({name: shared[name] for name in static.state_dict()}, assign=True)
     return dynamic, static

@@ -107,14 +107,15 @@ class Task:
         cls, formula: Callable[..., Outputs], inputs: Sequence[Tensor], *, backward: bool
     ) -> Task:
         """The truth is `formula` of the inputs in float64, with gradients by autograd."""
-        generator = torch.Generator().manual_seed(7)
+        device = inputs[0].device
+        generator = torch.Generator(device).manual_seed(7)
         wide = [x.detach().double().requires_grad_(backward) for x in inputs]
         outputs = formula(*wide)
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         upstream, grads = [], ()
         if backward:
             upstream = [
-                torch.randn(o.shape, generator=generator).to(inputs[0].dtype)
+                torch.randn(o.shape, generator=generator, device=device).to(inputs[0].dtype)
                 if o.is_floating_point()
                 else None
                 for o in outputs
@@ -385,10 +386,12 @@ def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
-def compiled(formula: Callable[..., Outputs]) -> Callable[..., Outputs]:
+def compiled(
+    formula: Callable[..., Outputs], *, backend: str = "inductor"
+) -> Callable[..., Outputs]:
     """`formula` under torch.compile for the shapes it is called with."""
     torch._dynamo.reset()
-    return torch.compile(formula, fullgraph=True, dynamic=False)
+    return torch.compile(formula, fullgraph=True, dynamic=False, backend=backend)
 
 
 def _first_round(step: Callable[[], object], clock: Callable[[], float]) -> tuple[int, float]:

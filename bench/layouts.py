@@ -30,8 +30,9 @@ def padded_pairs(q_offsets: Tensor, k_offsets: Tensor) -> Layout:
     """Pairs [sum Lq Lk, H] as [B, H, Lq, Lk]."""
     rows, columns = q_offsets.diff(), k_offsets.diff()
     most = int(rows.max()), int(columns.max())
-    query = torch.arange(most[0]).view(1, -1, 1) < rows.view(-1, 1, 1)
-    key = torch.arange(most[1]).view(1, 1, -1) < columns.view(-1, 1, 1)
+    index = torch.arange(max(most), device=q_offsets.device)
+    query = index[: most[0]].view(1, -1, 1) < rows.view(-1, 1, 1)
+    key = index[: most[1]].view(1, 1, -1) < columns.view(-1, 1, 1)
     real = (query & key).flatten().nonzero().squeeze(1)
     shape = (len(rows), *most)
 
@@ -53,4 +54,5 @@ def nested(offsets: Tensor) -> Layout:
 def real_rows(offsets: Tensor, length: int | None = None) -> Tensor:
     """[B, L], True where a molecule has a row."""
     lengths = offsets.diff()
-    return torch.arange(length or int(lengths.max())) < lengths.unsqueeze(1)
+    place = torch.arange(length or int(lengths.max()), device=offsets.device)
+    return place < lengths.unsqueeze(1)

@@ -26,8 +26,11 @@ CUT = 12
 """A bar more than this many times ours is cut, and says so."""
 
 
-def contests(op: str, outcomes: Sequence[Outcome], file: Path) -> None:
-    """A panel per contest: a row per case; or, of one kind only, as many cases as fit in a row."""
+def contests(op: str, outcomes: Sequence[Outcome], file: Path, *, foot: str = "") -> None:
+    """A panel per contest: a row per case; or, of one kind only, as many cases as fit in a row.
+
+    `foot` stands below them.
+    """
     cases = list(dict.fromkeys(o.case for o in outcomes))
     kinds = sorted({(o.dtype != "fp32", o.dtype, o.mode) for o in outcomes})
     places = {(o.case, o.dtype, o.mode): o for o in outcomes}
@@ -51,6 +54,7 @@ def contests(op: str, outcomes: Sequence[Outcome], file: Path) -> None:
         f"{op}\nin brackets: times the time of edt_kernels; line: ceiling of this machine",
         fontsize=11,
     )
+    figure.supxlabel(foot, fontsize=8)
     figure.savefig(file, dpi=110)
 
 

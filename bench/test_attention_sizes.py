@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 import edt_kernels
-from bench.contest import OURS, Task
-from bench.test_ragged_attention import (
+from bench.attention import (
     exact,
     flops,
     nested_attention,
@@ -14,6 +13,7 @@ from bench.test_ragged_attention import (
     padded_attention,
     single_molecules,
 )
+from bench.contest import OURS, Task
 from bench.workloads import drug_like
 
 SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)

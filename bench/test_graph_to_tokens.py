@@ -20,10 +20,10 @@ from bench.padded_encoders import in_eights, padded_blending, padded_unimol
 from bench.workloads import SLOTS, rows
 from edt_former.chem import Molecule, read_as_written
 from edt_former.connectors import make_connector
+from edt_former.connectors.padded import padded_read
 from edt_former.connectors.published import PublishedEDTFormer
 from edt_former.graph import Blended, GraphBatch, GraphFeatures
 from edt_former.graph.blending import FLAT, SPATIAL
-from edt_former.report.padded import padded_read
 from edt_former.tasks.heldout import heldout_molecules
 from edt_former.tokens import NextAtomPredictor, PublishedPatchOptions, pack_patches
 from edt_kernels import Patches, offsets_from_lengths, ragged_cat, unpad

@@ -9,32 +9,8 @@ import edt_kernels
 from bench import published
 from bench.contest import OURS, Contender, Layout, Task, compiled
 from bench.layouts import padded
-from bench.peers import torch_scatter
+from bench.peers import by_scatter_reduce, by_segment_reduce, mean_by_index_add, torch_scatter
 from bench.workloads import ENCODER_WIDTH, SMALL, Workload, rows
-
-
-def mean_by_index_add(ids: Tensor, counts: Tensor):
-    def run(x: Tensor) -> Tensor:
-        total = x.new_zeros(len(counts), *x.shape[1:]).index_add_(0, ids, x)
-        return total / counts.to(x.dtype).unsqueeze(1)
-
-    return run
-
-
-def by_scatter_reduce(ids: Tensor, segments: int, reduce: str):
-    def run(x: Tensor) -> Tensor:
-        index = ids.unsqueeze(1).expand_as(x)
-        out = x.new_zeros(segments, *x.shape[1:])
-        return out.scatter_reduce(0, index, x, reduce, include_self=False)
-
-    return run
-
-
-def by_segment_reduce(offsets: Tensor, reduce: str):
-    def run(x: Tensor) -> Tensor:
-        return torch.segment_reduce(x, reduce, offsets=offsets, axis=0, unsafe=True)
-
-    return run
 
 
 def test_mean(contest, caveats, workload, dtype, backward):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import edt_kernels
 from bench.contest import OURS, Task, Work, compiled
+from bench.peers import by_masked_scatter, by_where
 from bench.workloads import SMALL, Workload, rows
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 32, 128, 2048, 8192
@@ -18,21 +19,6 @@ def slots_of(workload: Workload) -> Tensor:
     """[B, S], True where a query of the molecule goes."""
     place = torch.arange(LENGTH)
     return (place >= BEFORE) & (place < BEFORE + workload.queries.unsqueeze(1))
-
-
-def by_masked_scatter(slots: Tensor):
-    def run(embeds: Tensor, tokens: Tensor) -> Tensor:
-        return embeds.masked_scatter(slots.unsqueeze(-1), tokens)
-
-    return run
-
-
-def by_where(slots: Tensor):
-    def run(embeds: Tensor, tokens: Tensor) -> Tensor:
-        rank = (slots.flatten().cumsum(0) - 1).clamp(min=0).view(slots.shape)
-        return torch.where(slots.unsqueeze(-1), tokens[rank], embeds)
-
-    return run
 
 
 def test_splice(contest, workload, dtype, backward):

@@ -49,7 +49,8 @@ class Workload:
             return opens.cumsum(0)
 
         sizes = zip(self.atoms.tolist(), (self.queries - ANCHORS).tolist(), strict=True)
-        return pack_patches([cut(atoms, count) for atoms, count in sizes])
+        found = pack_patches([cut(atoms, count) for atoms, count in sizes])
+        return Patches(*(x if x is None else x.to(self.atoms.device) for x in found))
 
     @cached_property
     def patch_ids(self) -> Tensor:
@@ -61,14 +62,25 @@ class Workload:
         """Its first molecules."""
         return Workload(self.name, self.atoms[:count], self.queries[:count])
 
+    def to(self, device: torch.device | str) -> Workload:
+        """The same on another device."""
+        return Workload(self.name, self.atoms.to(device), self.queries.to(device))
 
-def rows(count: int, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+
+def rows(
+    count: int,
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Normal values [count, *shape], the same numbers in every dtype up to its rounding."""
-    return torch.randn(count, *shape, generator=_seeded(seed)).to(dtype)
+    draws = _seeded(seed, device)
+    return torch.randn(count, *shape, generator=draws, device=device).to(dtype)
 
 
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def _seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def drug_like(name: str, count: int, size: int = 30) -> Workload:
@@ -84,8 +96,17 @@ def _large(name: str, count: int) -> Workload:
     return Workload(name, atoms, torch.full_like(atoms, 70))
 
 
+def _equal(name: str, count: int, atoms: int, queries: int) -> Workload:
+    """Molecules of one size."""
+    return Workload(name, torch.full((count,), atoms), torch.full((count,), queries))
+
+
 SMALL = drug_like("C-S", 256)
 LARGE = _large("C-L", 64)
 TRAIN_48 = drug_like("W-T 48", 48)
 TRAIN_4 = drug_like("W-T 4", 4)
 WORKLOADS = (SMALL, LARGE, TRAIN_48, TRAIN_4)
+
+SCREEN_SMALL = _equal("W-S", 4096, 30, ANCHORS + 8)
+SCREEN_LARGE = _equal("W-L", 4096, 150, ANCHORS + 38)
+"""For a GPU. No molecule needs padding here: what pads is at its best."""

@@ -1,8 +1,8 @@
 """The operator library `edt`: one place that knows how an op is registered and differentiated.
 
 An op is a schema, a fake (shapes only), a reference in plain torch that serves every device, and
-kernels that the dispatcher prefers: native code on the CPU where it is loaded, Triton on NVIDIA
-GPUs where it is installed.
+kernels that the dispatcher prefers: native code on the CPU where it is loaded; on NVIDIA GPUs
+Triton where it is installed, or CUDA C++ where EDT_CUDA_NATIVE=1 asks for it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def define(
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if triton is not None:
         launcher = LAUNCHERS[name] = _imported_once(*triton.split(":"))
-        if has_triton():
+        in_cuda = _native.cuda_asked and name in _native.CUDA_OPS
+        if has_triton() and not in_cuda:
             _LIBRARY.impl(name, lambda *args: launcher()(*args), "CUDA")
     # Gradients live in the autograd.Function of the public function: the raw op has none.
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -79,6 +80,20 @@ def kernel_checks(x: object) -> bool:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd records this call: without it the raw op is called, 4 us cheaper."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def distinct(*arguments: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Arguments of an `autograd.Function`, which compiled code must not give one tensor twice.
+
+    Self-attention has the same offsets for queries and keys; there the second is a view.
+    """
+    if not torch.compiler.is_compiling():
+        return arguments
+    seen: list[Tensor | None] = []
+    for x in arguments:
+        again = x is not None and any(x is other for other in seen)
+        seen.append(x.view_as(x) if again else x)
+    return tuple(seen)
 
 
 def second_order() -> bool:

@@ -42,7 +42,7 @@ def test_the_backend_is_setuptools_otherwise(backend):
     assert all(callable(getattr(backend, hook)) for hook in hooks)
 
 
-def build(folder: Path, native: str) -> subprocess.CompletedProcess:
+def build(folder: Path, native: str, cuda: str = "") -> subprocess.CompletedProcess:
     """`build_ext` on a machine without CMake."""
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, folder)
@@ -50,6 +50,7 @@ def build(folder: Path, native: str) -> subprocess.CompletedProcess:
         (folder / package).mkdir(parents=True)
         (folder / package / "__init__.py").touch()
     environment = {**os.environ, "PATH": str(folder), "EDT_NATIVE": native}
+    environment["EDT_CUDA_NATIVE"] = cuda
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -62,6 +63,12 @@ def test_without_a_compiler_the_build_goes_on_and_says_so(tmp_path):
 
 def test_a_native_build_that_was_asked_for_must_succeed(tmp_path):
     result = build(tmp_path, "1")
+    assert result.returncode != 0
+    assert "CMake did not build the native module" in result.stderr
+
+
+def test_cuda_kernels_that_were_asked_for_must_be_built(tmp_path):
+    result = build(tmp_path, "", cuda="1")
     assert result.returncode != 0
     assert "CMake did not build the native module" in result.stderr
 

@@ -179,6 +179,11 @@ def test_who_serves_the_gpu(monkeypatch):
     finding = doctor._gpu_ops({"cuda_ops": {"splice": "reference"}, "triton": None})
     assert (finding.state, finding.remedy) == (PROBLEM, "pip install triton")
     assert finding.told == "reference (Triton is not installed): splice"
+    ops = {"entropy": "triton", "splice": "native, unmeasured"}
+    finding = doctor._gpu_ops({"cuda_ops": ops, "triton": "3.9.0"})
+    assert finding.state == NOTE and "unset EDT_CUDA_NATIVE" in finding.remedy
+    assert finding.told.startswith("native, unmeasured (CUDA C++ that nobody has timed on a GPU")
+    monkeypatch.delenv("EDT_CUDA_NATIVE", raising=False)
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert ("ops on the GPU" in {f.subject for f in doctor._kernels()}) == there

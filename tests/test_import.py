@@ -11,10 +11,12 @@ import pytest
 import edt_former
 import edt_kernels
 
+LEFT_OUT = ("EDT_NATIVE", "EDT_CPU_ISA", "EDT_CUDA_NATIVE")
+
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join(path for path in sys.path if path)
-    kept = {k: v for k, v in os.environ.items() if k not in ("EDT_NATIVE", "EDT_CPU_ISA")}
+    kept = {k: v for k, v in os.environ.items() if k not in LEFT_OUT}
     return subprocess.run(
         [sys.executable, "-W", "always::RuntimeWarning", "-c", code],
         env={**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
@@ -139,3 +141,19 @@ def test_an_instruction_set_that_is_not_there_is_an_error():
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: EDT_CPU_ISA must name a level that this machine has")
     assert "got 'neon'" in last
+
+
+def test_cuda_kernels_that_were_asked_for_must_be_there():
+    hide = "import sys; sys.modules['edt_kernels._C_cuda'] = None\n"
+    result = python(hide + "import edt_kernels", EDT_CUDA_NATIVE="1")
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: EDT_CUDA_NATIVE=1 asks for the CUDA C++ kernels")
+    assert "or unset EDT_CUDA_NATIVE" in last
+
+
+def test_cuda_kernels_are_not_looked_for_otherwise():
+    served = "import edt_kernels\nprint(*set(edt_kernels.build_info()['cuda_ops'].values()))"
+    result = python("import sys; sys.modules['edt_kernels._C_cuda'] = None\n" + served)
+    assert result.returncode == 0 and not result.stderr
+    assert set(result.stdout.split()) <= {"triton", "reference"}

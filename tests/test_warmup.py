@@ -13,7 +13,7 @@ def test_needs_a_cuda_device(monkeypatch):
         warmup("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
-        RuntimeError, match="warmup needs a GPU that torch can use, torch.cuda has none"
+        RuntimeError, match=r"warmup needs a GPU that torch can use, torch\.cuda has none"
     ):
         warmup()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import define, kernel_checks, needs_grad, second_order
+from edt_kernels._library import define, distinct, kernel_checks, needs_grad, second_order
 
 
 class Inserted(NamedTuple):
@@ -165,7 +165,7 @@ def insert(
     try:
         apply = _Insert.apply if needs_grad(embeds, tokens) else _insert
         longer, offsets, positions, targets = apply(
-            embeds, embed_offsets, tokens, token_offsets, at, rows, labels
+            *distinct(embeds, embed_offsets, tokens, token_offsets, at, rows, labels)
         )
     except Exception:
         _check_arguments(embeds, embed_offsets, tokens, token_offsets, at, rows, labels)

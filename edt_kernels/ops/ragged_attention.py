@@ -9,6 +9,7 @@ from edt_kernels import _check
 from edt_kernels._library import (
     composite_backward,
     define,
+    distinct,
     kernel_checks,
     needs_grad,
     second_order,
@@ -241,10 +242,10 @@ def ragged_attention(
     try:
         if bias is None and not dropout_p and not return_scores:
             apply = _RaggedAttention.apply if needs_grad(q, k, v) else _attention
-            out, lse = apply(q, k, v, q_offsets, k_offsets, causal, scale)
+            out, lse = apply(*distinct(q, k, v, q_offsets, k_offsets), causal, scale)
         else:
             apply = _RaggedAttentionGeneral.apply if needs_grad(q, k, v, bias) else _general
-            arguments = (q, k, v, bias, seed, q_offsets, k_offsets)
+            arguments = distinct(q, k, v, bias, seed, q_offsets, k_offsets)
             options = (causal, scale, dropout_p, return_scores)
             out, lse, scores = apply(*arguments, *options)
     except Exception:

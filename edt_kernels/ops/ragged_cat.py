@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import define, kernel_checks, needs_grad, second_order
+from edt_kernels._library import define, distinct, kernel_checks, needs_grad, second_order
 from edt_kernels.reference.ragged_cat import ragged_cat_capacity
 
 
@@ -96,7 +96,7 @@ def ragged_cat(parts: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> tup
         _check_parts(parts, offsets)
     try:
         if needs_grad(*parts):
-            return _RaggedCat.apply(len(parts), *parts, *offsets)
+            return _RaggedCat.apply(len(parts), *distinct(*parts, *offsets))
         return _ragged_cat(parts, offsets)
     except Exception:
         _check_parts(parts, offsets)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import define, kernel_checks, needs_grad, second_order
+from edt_kernels._library import define, distinct, kernel_checks, needs_grad, second_order
 from edt_kernels.reference.segment_pool import source_dtype
 
 REDUCTIONS = ("mean", "sum", "max", "min")
@@ -251,7 +251,7 @@ def _reduce(
     """`segment_pool` of arguments that were checked, or that the kernel will check."""
     if reduce == "mean" or reduce == "sum":
         pool = _SegmentPool.apply if needs_grad(values, weight) else _pool
-        return pool(values, offsets, order, weight, reduce == "mean")
+        return pool(*distinct(values, offsets, order, weight), reduce == "mean")
     if weight is not None or (reduce != "max" and reduce != "min"):
         raise ValueError("reduce")  # the checks of the public functions say it well
     if needs_grad(values):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edt_kernels import _check, reference
-from edt_kernels._library import define, kernel_checks, needs_grad, second_order
+from edt_kernels._library import define, distinct, kernel_checks, needs_grad, second_order
 
 
 def _fake(
@@ -129,7 +129,7 @@ def splice(
         _check_new(embeds, new_rows, new_ids)
     try:
         apply = _Splice.apply if needs_grad(embeds, tokens, new_rows) else _splice
-        return apply(embeds, tokens, token_offsets, slots, new_rows, new_ids)
+        return apply(*distinct(embeds, tokens, token_offsets, slots, new_rows, new_ids))
     except Exception:
         _check_tokens(embeds, tokens, token_offsets, slots)
         _check_new(embeds, new_rows, new_ids)

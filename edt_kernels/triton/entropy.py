@@ -135,7 +135,7 @@ def _entropy_bwd_kernel(
 def tile(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and tokens that a program reads at a time."""
     tokens = min(4096, triton.next_power_of_2(width))
-    rows = max(1, (256 if dtype == torch.float64 else 512) // tokens)
+    rows = max(1, (128 if dtype == torch.float64 else 512) // tokens)
     return {"BLOCK_N": rows, "BLOCK_V": tokens, "num_warps": 8 if tokens == 4096 else 4}
 
 

@@ -324,8 +324,8 @@ def linear_entropy_bwd(
     product = {name: block[name] for name in ("ACC", "PRECISION")}
     half = hidden.dtype.itemsize == 2
     product |= {"SPAN": span, "BLOCK_D": 128 if half else 64, "BLOCK_K": 32 if half else 16}
-    product |= {"num_warps": 4}
-    outer = 32 if wide == torch.float64 else 64
+    product |= {"num_warps": 8 if wide == torch.float64 else 4}
+    outer = 64 if half else 32
     depths = triton.cdiv(depth, product["BLOCK_D"])
     for first_row in range(0, rows, block_rows):
         last_row = min(rows, first_row + block_rows)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import edt_kernels
 from edt_former.connectors import EDTFormer, MoleculeTokens, QFormer
+from edt_former.connectors.padded import padded_read
 from edt_former.connectors.qformer import QFormerConfig
 from edt_former.graph.encoder import GraphFeatures
-from edt_former.report.padded import padded_read
 from edt_kernels import Patches
 
 STATIC_QUERIES = 32

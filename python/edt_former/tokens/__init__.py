@@ -2,7 +2,12 @@
 
 from edt_former.tokens.connected import connected_patches, split_components
 from edt_former.tokens.controls import control_patches
-from edt_former.tokens.cutting import alter_entropy_patches, cut_by_entropy, cut_molecules
+from edt_former.tokens.cutting import (
+    alter_entropy_patches,
+    cut_by_entropy,
+    cut_molecules,
+    cut_on_device,
+)
 from edt_former.tokens.finer import finer_patches
 from edt_former.tokens.node_entropy import node_entropies
 from edt_former.tokens.patches import PatchOptions, pack_patches, unpack_patches
@@ -18,6 +23,7 @@ __all__ = [
     "control_patches",
     "cut_by_entropy",
     "cut_molecules",
+    "cut_on_device",
     "finer_patches",
     "node_entropies",
     "pack_patches",

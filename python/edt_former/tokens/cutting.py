@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,16 +91,61 @@ def cut_by_entropy(
     predictor: NextAtomPredictor | None,
     *,
     unit: str = "nats",
+    longest: int | None = None,
 ) -> tuple[Tensor, Patches]:
-    """What `options.entropy_source` says of every atom [N], and the patches that the rule cuts."""
+    """What `options.entropy_source` says of every atom [N], and the patches that the rule cuts.
+
+    `longest` is as of `NextAtomPredictor.forward`.
+    """
+    atoms = graph.elements, graph.offsets
     if options.entropy_source == "next_atom":
-        return predictor.patches(graph.elements, graph.offsets, **options.cutting(), unit=unit)
+        return predictor.patches(*atoms, longest=longest, **options.cutting(), unit=unit)
     if options.entropy_source == "surprisal":
-        values = predictor.surprisals(graph.elements, graph.offsets)
+        values = predictor.surprisals(*atoms, longest=longest)
     else:
         values = node_entropies(graph.elements, graph.bond_index)
     values = values * PER_UNIT[unit]
     return values, find_patches(values, graph.offsets, **options.cutting())
+
+
+def cut_on_device(
+    graph: GraphBatch,
+    options: PatchOptions,
+    predictor: NextAtomPredictor | None,
+    *,
+    longest: int | None = None,
+) -> dict[str, Patches]:
+    """Patches by source at their capacity, cut where the graph is and without a wait for it.
+
+    Args:
+        graph: on the predictor's device.
+        options: a connector's `patch_options`, of no source or of entropies.
+        predictor: where `options` need one.
+        longest: at least the most atoms of a molecule; without it a batch of more atoms than the
+            predictor's `positions` is looked at.
+
+    Raises:
+        ValueError: the patches are found on the host: BRICS fragments, "node" entropies, `tokens`,
+            `control`, `connected`, the published cut.
+
+    Example:
+        >>> from edt_former.chem import read_molecules
+        >>> graph = GraphBatch.pack(read_molecules(["OCCO", "C"]))
+        >>> predictor = NextAtomPredictor({"layers": 1, "width": 16})
+        >>> cut_on_device(graph, PatchOptions(), predictor)["entropy"].atom_offsets.shape
+        torch.Size([5])
+    """
+    if not options.sources:
+        return {}
+    plain = replace(options, control_seed=0) == PatchOptions(
+        entropy_source=options.entropy_source, **options.cutting()
+    )
+    if not plain or options.entropy_source == "node":
+        raise ValueError(
+            "patches are cut on the device by the next-atom predictor alone (sources 'entropy', "
+            f"no 'node' entropies, tokens, control or connected), got {options}"
+        )
+    return {"entropy": cut_by_entropy(graph, options, predictor, longest=longest)[1]}
 
 
 def _altered(

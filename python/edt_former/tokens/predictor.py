@@ -106,13 +106,18 @@ class NextAtomPredictor(nn.Module):
         self.ln_f = nn.LayerNorm(options.width)
         self._initialise()
 
-    def forward(self, elements: Tensor, offsets: Tensor, *, end: bool = False) -> Tensor:
+    def forward(
+        self, elements: Tensor, offsets: Tensor, *, end: bool = False, longest: int | None = None
+    ) -> Tensor:
         """Logits of the next atom.
 
         Args:
             elements: int64 [N], atomic numbers.
             offsets: [B + 1], the atoms of each molecule.
             end: also the row that predicts the end of each molecule.
+            longest: at least the most atoms of a molecule. Without it a batch of more than
+                `positions` atoms is looked at, for which a GPU is waited for; so are molecules
+                that need windows.
 
         Returns:
             [N, V]: row i predicts atom i from the atoms before it, the first from `<bos>`. With
@@ -124,7 +129,8 @@ class NextAtomPredictor(nn.Module):
         rows = offsets + torch.arange(len(offsets), device=offsets.device) if end else offsets
         num_rows = elements.shape[0] + (len(offsets) - 1 if end else 0)
         tokens = self.tokens(elements)
-        if elements.shape[0] + end <= self.positions or rows.diff().max() <= self.positions:
+        most = elements.shape[0] if longest is None else longest
+        if most + end <= self.positions or rows.diff().max() <= self.positions:
             hidden = self._hidden(tokens, offsets[:-1], rows, num_rows)
         else:
             hidden = self._windowed(tokens, offsets, rows, num_rows)
@@ -146,14 +152,22 @@ class NextAtomPredictor(nn.Module):
         """Uncertainty [N] of every atom given the atoms before it, in nats or bits."""
         return edt_kernels.entropy(self(elements, offsets), unit=unit)
 
-    def surprisals(self, elements: Tensor, offsets: Tensor) -> Tensor:
+    def surprisals(
+        self, elements: Tensor, offsets: Tensor, *, longest: int | None = None
+    ) -> Tensor:
         """-ln p [N] of every atom given the atoms before it, in nats; N must be offsets[-1]."""
-        logits = self(elements, offsets)
+        logits = self(elements, offsets, longest=longest)
         return F.cross_entropy(logits, self.tokens(elements), reduction="none")
 
     @torch.no_grad()
     def patches(
-        self, elements: Tensor, offsets: Tensor, *, rule: str = "local_max", **cut: object
+        self,
+        elements: Tensor,
+        offsets: Tensor,
+        *,
+        longest: int | None = None,
+        rule: str = "local_max",
+        **cut: object,
     ) -> tuple[Tensor, edt_kernels.Patches]:
         """Entropies [N] in nats, and the patches that they cut.
 
@@ -163,12 +177,13 @@ class NextAtomPredictor(nn.Module):
         Args:
             elements: int64 [N], atomic numbers.
             offsets: [B + 1], the atoms of each molecule.
+            longest: as of `forward`.
             rule: of `edt_kernels.find_patches`.
             cut: further options of `edt_kernels.entropy_patches`: `q`, `threshold`, `min_size`,
                 `max_size`, `max_patches`, `unit`.
         """
         after = rule == "published"
-        logits = self(elements, offsets, end=after)
+        logits = self(elements, offsets, end=after, longest=longest)
         if after:
             logits = logits[self._rows_with_end(elements, offsets) + 1]
         return edt_kernels.entropy_patches(logits, offsets, rule=rule, **cut)

@@ -1,4 +1,4 @@
-"""What `warmup` runs: every configuration on tensors of zeros, with outputs as the op declares them."""
+"""What `warmup` runs: every configuration on tensors of zeros, outputs as the op declares."""
 
 from __future__ import annotations
 

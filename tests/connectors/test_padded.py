@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from edt_former.connectors import make_connector
+from edt_former.connectors.padded import padded_read
 from edt_former.graph import GraphFeatures
-from edt_former.report.padded import padded_read
 from edt_former.tokens import pack_patches
 
 SIZE = {"llm_width": 8, "encoder_width": 12, "width": 16, "layers": 3, "heads": 2, "ffn": 32}
