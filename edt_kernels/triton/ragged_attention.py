@@ -12,6 +12,7 @@ Tiles are [BLOCK_M queries, BLOCK_N keys]; rows, columns and pairs outside a mol
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from edt_kernels.reference.entropy import accumulation_dtype
-from edt_kernels.triton.launch import launch
+from edt_kernels.triton.launch import Configuration, launch
 from edt_kernels.triton.primitives import accumulator, dense, tail_programs
 
 
@@ -172,6 +173,18 @@ def _product(a, b, ACC: tl.constexpr):
 
 
 @triton.jit
+def _row_products(a, b, SLICES: tl.constexpr, ACC: tl.constexpr):
+    """a b^T in slices of the width of a head, one after the other's registers."""
+    if SLICES == 1:
+        return _product(a, tl.trans(b), ACC)
+    else:
+        WIDTH: tl.constexpr = a.shape[1] // SLICES
+        a = tl.permute(tl.reshape(a, (a.shape[0], SLICES, WIDTH)), (1, 0, 2))
+        b = tl.permute(tl.reshape(b, (b.shape[0], SLICES, WIDTH)), (1, 2, 0))
+        return tl.sum(_product(a, b, ACC), 0)
+
+
+@triton.jit
 def _add_product(total, a, b, ACC: tl.constexpr):
     return tl.dot(a, b, total, input_precision="ieee", out_dtype=ACC)
 
@@ -185,9 +198,10 @@ def _logits(
     bias_ptr,
     HEADS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     """x of a tile, -inf where a key is not seen."""
-    x = _product(q, tl.trans(k), scale.dtype) * scale
+    x = _row_products(q, k, SLICES, scale.dtype) * scale
     x = _add_pairs(x, bias_ptr, tile, HEADS)
     return tl.where(_seen(tile, CAUSAL), x, float("-inf"))
 
@@ -227,6 +241,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LOOP_N: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -271,7 +286,7 @@ def _forward_kernel(
         k = _load_rows(k_ptr, 0, keys, K_ROW, D, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
         tile = head, row, key, queries, keys, pitch
-        x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL)
+        x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL, SLICES)
         _store_pairs(scores_ptr, x, tile, HEADS)
         top = tl.max(x, 1, keep_dims=True)
         p = tl.exp(x - _finite(top))
@@ -297,7 +312,7 @@ def _forward_kernel(
                 k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                 v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
                 tile = head, row, key, queries, keys, pitch
-                x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL)
+                x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL, SLICES)
                 _store_pairs(scores_ptr, x, tile, HEADS)
                 higher = tl.maximum(top, tl.max(x, 1, keep_dims=True))
                 shrink = tl.exp(top - _finite(higher))
@@ -331,13 +346,14 @@ def _recompute(
     bias_ptr,
     HEADS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     """P, M P and dP of a tile."""
     scale, drop_below, keep_scale = factors
-    x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL)
+    x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL, SLICES)
     p = tl.exp(x - _finite(lse))
     kept = p
-    dp = _product(grad, tl.trans(v), scale.dtype)
+    dp = _row_products(grad, v, SLICES, scale.dtype)
     if seed is not None:
         m = _dropout(seed, tile, drop_below, keep_scale)
         kept = m * p
@@ -407,6 +423,7 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LOOP_N: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     KV_HEADS: tl.constexpr = HEADS // GROUP
@@ -465,7 +482,9 @@ def _backward_kernel(
         v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
         lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
         tile = head, row, key, queries, keys, pitch
-        p, kept, dp = _recompute(q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL)
+        p, kept, dp = _recompute(
+            q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
+        )
         dv = _product(tl.trans(grad), kept.to(grad.dtype), ACC)
         _store_rows(dv_ptr, tl.trans(dv), 0, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
         shift = tl.sum(p * dp, 1, keep_dims=True)
@@ -499,7 +518,7 @@ def _backward_kernel(
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
                     tile = head, row, key, queries, keys, pitch
                     p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
+                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
                     )
                     shift += tl.sum(p * dp, 1, keep_dims=True)
                 _store_numbers(shift_ptr + head, shift, row, queries, HEADS)
@@ -513,7 +532,7 @@ def _backward_kernel(
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
                     tile = head, row, key, queries, keys, pitch
                     p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
+                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
                     )
                     dx = _logit_grads(
                         p, dp, shift, tile, grad_scores_ptr, dbias_ptr, HEADS, CAUSAL
@@ -545,7 +564,7 @@ def _backward_kernel(
                     shift = _load_numbers(shift_ptr + head, row, queries, HEADS)
                     tile = head, row, key, queries, keys, pitch
                     p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL
+                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
                     )
                     dv = _add_product(dv, tl.trans(grad), kept.to(grad.dtype), ACC)
                     dx = _logit_grads(p, dp, shift, tile, grad_scores_ptr, None, HEADS, CAUSAL).to(
@@ -583,26 +602,53 @@ def _pair_offsets_kernel(
 
 
 class Tiles(NamedTuple):
-    """A kernel's tile of queries and keys, the keys of a tile in loops, and warps."""
+    """How a kernel cuts its work.
+
+    Attributes:
+        queries: of a tile.
+        keys: of the tile of a molecule that fits one.
+        loop_keys: of the tiles of one that does not.
+        warps: of a program.
+        slices: of the width of a head in q k^T; fewer numbers of a thread are in registers at once.
+    """
 
     queries: int
     keys: int
     loop_keys: int
     warps: int
+    slices: int = 1
 
 
-# By bytes of a number and width of a head rounded up to a power of two.
+# By bytes of a number and width of a head, rounded up to a power of two: without pairs, and with a
+# bias or scores. Constants, so that a molecule has the same bits in every batch.
+#
+# They are chosen from what the compiled kernels need (registers, shared memory, no spills) and from
+# arithmetic for an H200, not measured. Attention of 40 queries over 30 atoms, 64 wide in bfloat16,
+# does 17 operations a byte and is bound by memory: a multiprocessor's share of 4.3 TB/s is 33 bytes
+# a ns, a program reads and writes 18 KB (backward 31 KB) and most of its microseconds are waiting.
+# 5 programs (backward 3) share a multiprocessor and wait together. Molecules up to 64 atoms fit a
+# tile; tiles of loops are narrow because the accumulators of loops are what fills registers.
 _FORWARD = {
-    **{(2, d): Tiles(64, 64, 32, 4) for d in (16, 32, 64)},
-    **{(2, d): Tiles(64, 32, 32, 4) for d in (128, 256)},
-    **{(4, d): Tiles(32, 32, 32, 4) for d in (16, 32, 64, 128, 256)},
-    **{(8, d): Tiles(16, 16, 16, 4) for d in (16, 32, 64, 128, 256)},
+    (2, 64): (Tiles(64, 64, 32, 4), Tiles(64, 32, 16, 4)),
+    (2, 128): (Tiles(64, 64, 32, 4), Tiles(64, 32, 16, 4)),
+    (2, 256): (Tiles(32, 32, 32, 8), Tiles(32, 32, 32, 8)),
+    (4, 16): (Tiles(64, 32, 32, 4), Tiles(32, 32, 32, 4)),
+    (4, 32): (Tiles(64, 32, 32, 8), Tiles(32, 32, 32, 4)),
+    (4, 64): (Tiles(64, 32, 32, 8), Tiles(64, 32, 16, 8)),
+    (4, 128): (Tiles(32, 32, 32, 8), Tiles(32, 32, 16, 8)),
+    (4, 256): (Tiles(16, 16, 16, 8), Tiles(16, 16, 16, 8)),
+    **{(8, d): (Tiles(16, 16, 16, 4), Tiles(16, 16, 16, 4)) for d in (16, 32, 64, 128, 256)},
 }
 _BACKWARD = {
-    **{(2, d): Tiles(64, 64, 32, 4) for d in (16, 32, 64)},
-    **{(2, d): Tiles(64, 32, 32, 4) for d in (128, 256)},
-    **{(4, d): Tiles(32, 32, 16, 4) for d in (16, 32, 64, 128, 256)},
-    **{(8, d): Tiles(16, 16, 16, 4) for d in (16, 32, 64, 128, 256)},
+    (2, 64): (Tiles(64, 64, 32, 4), Tiles(64, 32, 16, 4)),
+    (2, 128): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
+    (2, 256): (Tiles(16, 32, 16, 4), Tiles(16, 32, 16, 4)),
+    (4, 16): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
+    (4, 32): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
+    (4, 64): (Tiles(64, 32, 16, 8, 4), Tiles(16, 16, 16, 8)),
+    (4, 128): (Tiles(32, 32, 16, 8, 4), Tiles(16, 16, 16, 8)),
+    (4, 256): (Tiles(16, 16, 16, 8, 4), Tiles(16, 16, 16, 8, 4)),
+    **{(8, d): (Tiles(16, 16, 16, 4), Tiles(16, 16, 16, 4)) for d in (16, 32, 64, 128, 256)},
 }
 
 
@@ -678,7 +724,7 @@ def ragged_attention_general(
         *(out, lse, scores if return_scores else None),
         *(q.stride(1), k.stride(1), v.stride(1)),
         *(molecules, rows, pairs),
-        **_options(_FORWARD, q, k, v, causal, scale, seed, dropout_p),
+        **_options(_FORWARD, q, k, v, pair_offsets, causal, scale, seed, dropout_p),
         INDEX=_index(bias, scores),
     )
     return out, lse, scores
@@ -725,7 +771,7 @@ def ragged_attention_general_bwd(
         *(grad.stride(1), q.stride(1)),
         *(k.stride(1), v.stride(1)),
         *(molecules, rows, key_rows, pairs),
-        **_options(_BACKWARD, q, k, v, causal, scale, seed, dropout_p),
+        **_options(_BACKWARD, q, k, v, pair_offsets, causal, scale, seed, dropout_p),
         INDEX=_index(bias, grad_scores),
         GRAD_ROW=grad.stride(0),
     )
@@ -757,10 +803,11 @@ def _seed(seed: Tensor | None, dropout_p: float) -> Tensor | None:
 
 
 def _options(
-    table: dict[tuple[int, int], Tiles],
+    table: dict[tuple[int, int], tuple[Tiles, Tiles]],
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    pair_offsets: Tensor | None,
     causal: bool,
     scale: float | None,
     seed: Tensor | None,
@@ -770,8 +817,9 @@ def _options(
     heads, width = q.shape[1:]
     if width > 256:
         raise ValueError(f"q must have shape [Tq, H, D] with D <= 256 on a GPU, got {width}")
-    block_d = max(16, triton.next_power_of_2(width))
-    tiles = table[q.element_size(), block_d]
+    # Tensor cores take 64 at a time, the units of wider numbers one.
+    block_d = max(64 if q.element_size() == 2 else 16, triton.next_power_of_2(width))
+    tiles = table[q.element_size(), block_d][pair_offsets is not None]
     return {
         "scale": 1 / math.sqrt(width) if scale is None else float(scale),
         "drop_below": int(dropout_p * 2**32),
@@ -788,7 +836,36 @@ def _options(
         "BLOCK_M": tiles.queries,
         "BLOCK_N": tiles.keys,
         "LOOP_N": tiles.loop_keys,
+        "SLICES": tiles.slices,
         "BLOCK_D": block_d,
         "num_warps": tiles.warps,
         "num_stages": 1,
     }
+
+
+def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Heads of every width that has tiles of its own; every option; 12 heads of 64 come last."""
+    offsets, seed = (torch.zeros(n, dtype=torch.int64, device=device) for n in (2, 1))
+
+    def calls(
+        name: str, width: int, kv_heads: int = 12, causal: bool = False, pairs: bool = False
+    ) -> Iterator[Configuration]:
+        q, k = (torch.zeros(16, n, width, dtype=dtype, device=device) for n in (12, kv_heads))
+        lse = q.new_zeros(16, 12, dtype=accumulation_dtype(dtype))
+        bias = q.new_zeros(16, 12) if pairs else None
+        operands = (q, k, k, bias, seed)
+        options = (offsets, offsets, causal, None, 0.1)
+        yield Configuration(name, ragged_attention_general, (*operands, *options, pairs))
+        call = (q, lse, bias, *operands, lse, *options)
+        yield Configuration(name, ragged_attention_general_bwd, call)
+        if not pairs:
+            yield Configuration(name, ragged_attention, (q, k, k, *options[:-1]))
+            call = (q, None, q, k, k, lse, *options[:-1])
+            yield Configuration(name, ragged_attention_bwd, call)
+
+    for width in sorted({width for size, width in _FORWARD if size == dtype.itemsize}):
+        yield from calls(f"pairs-{width}", width, pairs=True)
+        yield from calls(str(width), width)
+    yield from calls("causal-64", 64, causal=True)
+    yield from calls("grouped-64", 64, kv_heads=4)
+    yield from calls("64", 64)

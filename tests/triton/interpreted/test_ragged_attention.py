@@ -69,8 +69,8 @@ def with_grads(function, tensors, offsets, grads, **options):
     ]
 
 
-def assert_matches(tensors, offsets, grads, **options):
-    """As the reference, up to twice its error and four units in the last place of the largest."""
+def assert_matches(tensors, offsets, grads, units=4, **options):
+    """Errs at most twice as much as the reference, plus units in the last place of the largest."""
 
     def double(x):
         return [y.double() for y in x]
@@ -83,7 +83,7 @@ def assert_matches(tensors, offsets, grads, **options):
     same_dtype = with_grads(referred, tensors, offsets, grads, **options)
     for mine, theirs, exact in zip(found, same_dtype, truth, strict=True):
         largest = max(1.0, exact.masked_fill(exact == -torch.inf, 0).abs().max().item())
-        eps = 4 * torch.finfo(mine.dtype).eps * largest
+        eps = units * torch.finfo(mine.dtype).eps * largest
         assert_within_budget(mine, theirs, exact, eps=eps)
 
 
@@ -110,7 +110,8 @@ def test_dropout_is_the_references(heads, seed):
 @pytest.mark.parametrize("dropout_p", [0.75, 0.1], ids=str)
 def test_everything_at_once(dropout_p):
     operands = batch(SMALL, (4, 2, 5), torch.float32, pairs=True)
-    assert_matches(*operands, causal=True, scale=0.7, dropout_p=dropout_p, seed=SEEDS[:5])
+    # Weights are made again from the lse, whose last place counts.
+    assert_matches(*operands, 16, causal=True, scale=0.7, dropout_p=dropout_p, seed=SEEDS[:5])
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["plain", "pairs"])
