@@ -61,6 +61,13 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     assert "torch finds no GPU" in capsys.readouterr().err
 
 
+def test_neither_rdkit_nor_transformers_is_needed():
+    hide = "import sys; sys.modules['rdkit'] = sys.modules['transformers'] = None\n"
+    code = f"{hide}import bench.gpu.__main__"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 BROKEN = {
     "wrong values": (checks.correct, lambda x, *_: 1.001 * x),
     "wrong gradients": (checks.correct, lambda x, *_: x + (x - x.detach()) / 100),
