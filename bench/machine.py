@@ -57,10 +57,10 @@ def measure() -> Machine:
     source = torch.zeros(_COPIED // 4)
     target = torch.zeros_like(source)
     copy = 2 * _COPIED / _median(lambda: target.copy_(source))
-    products = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = torch.randn(2, PRODUCT_SIDE, PRODUCT_SIDE, dtype=dtype)
-        products[name] = 2 * PRODUCT_SIDE**3 / _median(lambda a=a, b=b: a @ b)
+    products = {
+        name: _product_rate(dtype)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
     return Machine(
         _cpu(),
         os.cpu_count() or 1,
@@ -71,6 +71,18 @@ def measure() -> Machine:
         products,
         load,
     )
+
+
+def _product_rate(dtype: torch.dtype) -> float:
+    """Operations a second of a product of squares: `PRODUCT_SIDE` rows or, where torch has no fast
+    product of that type and one would take minutes, as many as a tenth of a second allows."""
+    side = PRODUCT_SIDE // 16
+    while True:
+        a, b = torch.randn(2, side, side, dtype=dtype)
+        seconds = _median(lambda a=a, b=b: a @ b, rounds=5)
+        if side == PRODUCT_SIDE or seconds > 0.1:
+            return 2 * side**3 / seconds
+        side *= 2
 
 
 def _median(step: Callable[[], object], rounds: int = 9) -> float:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from edt_kernels import _native
 from edt_kernels import nn as nn
 from edt_kernels._native import build_info
+from edt_kernels._warmup import warmup
 from edt_kernels.borders import (
     from_nested,
     offsets_from_batch,
@@ -55,4 +56,5 @@ __all__ = [
     "splice",
     "to_nested",
     "unpad",
+    "warmup",
 ]

@@ -19,6 +19,7 @@ from edt_kernels import _native
 
 _LIBRARY = torch.library.Library("edt", "DEF")
 NAMES: list[str] = []  # of every op defined, in order
+LAUNCHERS: dict[str, Callable[[], Callable]] = {}  # by op, imports and returns its Triton launcher
 
 
 def define(
@@ -36,9 +37,11 @@ def define(
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    in_cuda = _native.cuda_asked and name in _native.CUDA_OPS
-    if triton is not None and _has_triton() and not in_cuda:
-        _LIBRARY.impl(name, _imported_at_first_call(*triton.split(":")), "CUDA")
+    if triton is not None:
+        launcher = LAUNCHERS[name] = _imported_once(*triton.split(":"))
+        in_cuda = _native.cuda_asked and name in _native.CUDA_OPS
+        if has_triton() and not in_cuda:
+            _LIBRARY.impl(name, lambda *args: launcher()(*args), "CUDA")
     # Gradients live in the autograd.Function of the public function: the raw op has none.
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"edt::{name}", fake, lib=_LIBRARY)
@@ -47,16 +50,17 @@ def define(
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed, which importing this package does not import."""
     return importlib.util.find_spec("triton") is not None
 
 
-def _imported_at_first_call(module: str, function: str) -> Callable:
+def _imported_once(module: str, function: str) -> Callable[[], Callable]:
     @functools.cache
     def launcher() -> Callable:
         return getattr(importlib.import_module(f"edt_kernels.triton.{module}"), function)
 
-    return lambda *args: launcher()(*args)
+    return launcher
 
 
 def kernel_checks(x: object) -> bool:

@@ -1,4 +1,4 @@
-"""Loads the native kernels, and says which backend is active and why."""
+"""Loads the native kernels, and says which backends are active and why."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -103,13 +104,15 @@ def build_info() -> dict[str, object]:
     Returns:
         A dict with `native` (are the CPU kernels loaded), `reason` (why not, or None), `file` (from
         where, or None), `cpu_isa` (the instruction set in use, or None), `torch` (its version),
-        `ops` (per op the backend that serves CPU tensors: "native" or "reference") and `cuda_ops`
-        (likewise CUDA tensors: "native, unmeasured", "triton" or "reference").
+        `ops` (per op the backend that serves CPU tensors: "native" or "reference"), `triton` (its
+        version, or None where it is not installed) and `cuda_ops` (per op the backend that serves
+        CUDA tensors: "native, unmeasured", "triton" or "reference"). An op that has a Triton kernel
+        is served by it wherever Triton is installed, which is not imported before.
 
     Example:
         >>> import edt_kernels
         >>> sorted(edt_kernels.build_info())
-        ['cpu_isa', 'cuda_ops', 'file', 'native', 'ops', 'reason', 'torch']
+        ['cpu_isa', 'cuda_ops', 'file', 'native', 'ops', 'reason', 'torch', 'triton']
     """
     from edt_kernels import _library
 
@@ -130,5 +133,6 @@ def build_info() -> dict[str, object]:
         "ops": {
             name: "native" if registered(name, "CPU") else "reference" for name in _library.NAMES
         },
+        "triton": metadata.version("triton") if _library.has_triton() else None,
         "cuda_ops": {name: cuda_backend(name) for name in _library.NAMES},
     }

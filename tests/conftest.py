@@ -82,3 +82,37 @@ def as_shipped(miniature: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes the miniature what `edt_former.load` and the commands read."""
     monkeypatch.setattr(shipped, "folder", lambda: miniature)
     return miniature
+
+
+ENDS = ("C", "O", "N", "S", "CO", "CN", "CS", "NC")
+WRITTEN = list(dict.fromkeys("C" * n + end for n in range(1, 12) for end in ENDS))[:48]
+"""Chains, as SMILES."""
+
+WORDS = {"C": "carbon", "O": "oxygen", "N": "nitrogen", "S": "sulphur"}
+
+
+def described(chain: str) -> str:
+    """A text that the elements of a chain decide."""
+    return f"a chain of {' '.join(WORDS[symbol] for symbol in chain)} ."
+
+
+@pytest.fixture(scope="session")
+def caption_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table as ChEBI-20 is: 48 chains with their texts, one broken row, one literal quote."""
+    rows = [f"{i}\t{chain}\t{described(chain)}" for i, chain in enumerate(WRITTEN)]
+    rows.insert(3, "900\tC1CC\tbroken")
+    rows.append('901\tC/C=C\\\\C\ta "chain" of carbon')
+    file = tmp_path_factory.mktemp("captions") / "captions.txt"
+    file.write_text("\n".join(["CID\tSMILES\tdescription", *rows]) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def prepared_data(caption_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prepare` makes of it, in parts of 16 rows, without patches."""
+    pytest.importorskip("pyarrow", reason="prepared data need pyarrow")
+    from edt_former.data import PrepareOptions, prepare
+
+    out = tmp_path_factory.mktemp("prepared") / "captions"
+    prepare([caption_file], out, PrepareOptions(rows_per_part=16), progress=False)
+    return out

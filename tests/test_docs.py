@@ -26,7 +26,13 @@ NEED_THE_SHIPPED_MODELS = {
     "edt_former.shipped",
     "edt_former.tasks.evaluation",
 }
-NEED_AN_EXTRA = {"edt_former.compat.pyg": "torch_geometric"}
+NEED_AN_EXTRA = {
+    "edt_former.compat.pyg": "torch_geometric",
+    "edt_former.data.format": "pyarrow",
+    "edt_former.data.preparation": "pyarrow",
+    "edt_former.tasks.properties": "sklearn",
+    "edt_kernels.triton": "triton",
+}
 
 
 def modules() -> list[str]:
@@ -43,9 +49,9 @@ def test_examples(name, monkeypatch):
     monkeypatch.setattr("edt_former.connectors.connector._CONNECTORS", dict(connector._CONNECTORS))
     if name in NEED_THE_SHIPPED_MODELS and not shipped.connectors():
         pytest.skip("the trained models are not in this checkout")
-    if name in NEED_AN_EXTRA:
-        extra = NEED_AN_EXTRA[name]
-        pytest.importorskip(extra, reason=f"{name} needs {extra}, which is not installed")
+    for needy, extra in NEED_AN_EXTRA.items():
+        if name == needy or name.startswith(f"{needy}."):
+            pytest.importorskip(extra, reason=f"{name} needs {extra}, which is not installed")
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
 

@@ -169,12 +169,20 @@ class TestKernels:
 
 
 def test_who_serves_the_gpu(monkeypatch):
-    finding = doctor._gpu_ops({"cuda_ops": {"splice": "triton", "entropy": "reference"}})
-    assert finding.state == OK and not finding.remedy
-    assert finding.told == "Triton: splice; torch reference, no GPU kernel for this op: entropy"
-    finding = doctor._gpu_ops({"cuda_ops": {"entropy": "triton", "splice": "native, unmeasured"}})
+    ops = {"splice": "triton", "entropy": "reference"}
+    finding = doctor._gpu_ops({"cuda_ops": ops, "triton": "3.9.0"})
+    assert (finding.state, finding.remedy) == (OK, "")
+    assert finding.told == (
+        "triton (Triton 3.9.0): splice; reference (no Triton kernel for this op): entropy"
+    )
+    assert finding.data["splice"] == {"backend": "triton", "why": "Triton 3.9.0"}
+    finding = doctor._gpu_ops({"cuda_ops": {"splice": "reference"}, "triton": None})
+    assert (finding.state, finding.remedy) == (PROBLEM, "pip install triton")
+    assert finding.told == "reference (Triton is not installed): splice"
+    ops = {"entropy": "triton", "splice": "native, unmeasured"}
+    finding = doctor._gpu_ops({"cuda_ops": ops, "triton": "3.9.0"})
     assert finding.state == NOTE and "unset EDT_CUDA_NATIVE" in finding.remedy
-    assert finding.told.startswith("CUDA C++ that nobody has timed on a GPU")
+    assert finding.told.startswith("native, unmeasured (CUDA C++ that nobody has timed on a GPU")
     monkeypatch.delenv("EDT_CUDA_NATIVE", raising=False)
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)

@@ -18,6 +18,10 @@ constexpr int kTileCols = 4;
 #else
 constexpr int kTileCols = 2;
 #endif
+// Narrow tiles are taller: a product needs some twelve sums under way.
+template <int COLS>
+constexpr int kRowsOfTile = COLS == 1 ? 2 * kTileRows : kTileRows;
+
 template <class T>
 constexpr int64_t padded(int64_t n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -51,7 +55,7 @@ template <class T, int ROWS, int COLS, bool ADD>
 void multiply_tile(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t depth) {
   constexpr int W = kLanes<T>;
   Vec<T> sum[ROWS][COLS];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < COLS; ++j) sum[i][j] = ADD ? load(c.data + i * c.stride + j * W) : Vec<T>{};
@@ -60,7 +64,7 @@ void multiply_tile(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t depth) {
     Vec<T> row[COLS];
 #pragma GCC unroll 8
     for (int j = 0; j < COLS; ++j) row[j] = load(b.data + j * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) {
       const Vec<T> x = broadcast(a.data[i * a.row]);
 #pragma GCC unroll 8
@@ -70,7 +74,7 @@ void multiply_tile(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t depth) {
     b.data += b.stride;
   }
 
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < COLS; ++j) store(c.data + i * c.stride + j * W, sum[i][j]);
@@ -87,33 +91,42 @@ void multiply_rest(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t 
   }
 }
 
-template <class T, int COLS, bool ADD>
-void multiply_panel(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth) {
-  for (; rows >= kTileRows; rows -= kTileRows) {
-    multiply_tile<T, kTileRows, COLS, ADD>(a, b, c, depth);
-    a.data += kTileRows * a.row;
-    c.data += kTileRows * c.stride;
+// What a product does between two tiles, besides.
+struct Nothing {
+  EDT_INLINE void operator()() {}
+};
+
+template <class T, int COLS, bool ADD, class Between>
+void multiply_panel(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth,
+                    Between& between) {
+  constexpr int kRows = kRowsOfTile<COLS>;
+  for (; rows >= kRows; rows -= kRows) {
+    multiply_tile<T, kRows, COLS, ADD>(a, b, c, depth);
+    between();
+    a.data += kRows * a.row;
+    c.data += kRows * c.stride;
   }
-  multiply_rest<T, kTileRows - 1, COLS, ADD>(a, b, c, rows, depth);
+  multiply_rest<T, kRows - 1, COLS, ADD>(a, b, c, rows, depth);
 }
 
-template <class T, int COLS, bool ADD>
+template <class T, int COLS, bool ADD, class Between>
 void multiply_panels(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t cols,
-                     int64_t depth) {
+                     int64_t depth, Between& between) {
   if constexpr (COLS > 0) {
     for (; cols >= COLS * kLanes<T>; cols -= COLS * kLanes<T>) {
-      multiply_panel<T, COLS, ADD>(a, b, c, rows, depth);
+      multiply_panel<T, COLS, ADD>(a, b, c, rows, depth, between);
       b.data += COLS * kLanes<T>;
       c.data += COLS * kLanes<T>;
     }
-    multiply_panels<T, COLS - 1, ADD>(a, b, c, rows, cols, depth);
+    multiply_panels<T, COLS - 1, ADD>(a, b, c, rows, cols, depth, between);
   }
 }
 
 // C [rows, cols] = A B, or += with ADD; cols is whole vectors.
-template <bool ADD, class T>
-void multiply(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t cols, int64_t depth) {
-  multiply_panels<T, kTileCols, ADD>(a, b, c, rows, cols, depth);
+template <bool ADD, class T, class Between = Nothing>
+void multiply(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t cols, int64_t depth,
+              Between&& between = {}) {
+  multiply_panels<T, kTileCols, ADD>(a, b, c, rows, cols, depth, between);
 }
 
 template <class V, int... I>

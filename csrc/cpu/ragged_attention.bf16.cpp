@@ -299,13 +299,16 @@ void softmax_backward(const Block& b, int64_t all_rows, float* s, const float* d
     std::memset(rest + b.rows * b.keys, 0, (all_rows - b.rows) * b.keys * sizeof(BFloat16));
 }
 
+int64_t blocks(const AttentionMolecule& m) { return (m.queries + kQueryBlock - 1) / kQueryBlock; }
+
 // The heads of a call go through each step together: what one head has just stored, another one
 // need not wait for.
 void forward(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
-             void* memory) {
+             void* memory, AttentionAhead& ahead) {
   const Sizes n(x, m, heads);
   const Scratch scratch(memory, x, m, n, false);
   const int64_t group = x.heads / x.kv_heads, first_head = heads.begin * group;
+  ahead.spread(2 * n.heads * blocks(m));
   pack(x.k, m.k_begin, m.keys, n.keys, heads.begin, n.kv_heads, x.dim, n.width, scratch.k);
   pack(x.v, m.k_begin, m.keys, n.keys, heads.begin, n.kv_heads, x.dim, n.width, scratch.v);
   for (int64_t h = 0; h < n.kv_heads; ++h) {
@@ -317,24 +320,29 @@ void forward(const Attention& x, const AttentionMolecule& m, const AttentionHead
     const int64_t rows = m.queries - i < kQueryBlock ? m.queries - i : kQueryBlock;
     const int64_t all_rows = whole(rows, kRowUnit), row = m.q_begin + i;
     pack(x.q, row, rows, all_rows, first_head, n.heads, x.dim, n.width, scratch.q);
-    for (int64_t h = 0; h < n.heads; ++h)
+    for (int64_t h = 0; h < n.heads; ++h) {
       multiply<false>(scratch.q[h], n.width, scratch.k_columns[h / group], scratch.s[h], n.keys,
                       all_rows, n.keys, n.width);
+      ahead();
+    }
     for (int64_t h = 0; h < n.heads; ++h)
       softmax({x, m, i, rows, first_head + h, n.keys}, all_rows, scratch.s[h], scratch.p[h],
               scratch.inverse[h]);
-    for (int64_t h = 0; h < n.heads; ++h)
+    for (int64_t h = 0; h < n.heads; ++h) {
       multiply<false>(scratch.p[h], n.keys, scratch.v_pairs[h / group], scratch.rows[h], n.width,
                       all_rows, n.width, n.keys);
+      ahead();
+    }
     write(scratch.rows, &scratch.inverse, n.width, x.out, row, rows, first_head, n.heads, x.dim);
   }
 }
 
 void backward(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
-              void* memory) {
+              void* memory, AttentionAhead& ahead) {
   const Sizes n(x, m, heads);
   const Scratch scratch(memory, x, m, n, true);
   const int64_t group = x.heads / x.kv_heads, first_head = heads.begin * group;
+  ahead.spread(2 * n.heads * blocks(m));
   pack(x.k, m.k_begin, m.keys, n.keys, heads.begin, n.kv_heads, x.dim, n.width, scratch.k);
   pack(x.v, m.k_begin, m.keys, n.keys, heads.begin, n.kv_heads, x.dim, n.width, scratch.v);
   for (int64_t h = 0; h < n.kv_heads; ++h) {
@@ -355,6 +363,7 @@ void backward(const Attention& x, const AttentionMolecule& m, const AttentionHea
                       all_rows, n.keys, n.width);
       multiply<false>(scratch.grad[h], n.width, scratch.v_columns[h / group], scratch.dp[h], n.keys,
                       all_rows, n.keys, n.width);
+      ahead();
     }
     for (int64_t h = 0; h < n.heads; ++h)
       softmax_backward({x, m, i, rows, first_head + h, n.keys}, all_rows, scratch.s[h],
@@ -373,6 +382,7 @@ void backward(const Attention& x, const AttentionMolecule& m, const AttentionHea
                      n.width, all_rows);
       multiply<false>(scratch.ds[h], n.keys, scratch.k_pairs[kv], scratch.rows[h], n.width,
                       all_rows, n.width, n.keys);
+      ahead();
     }
     write(scratch.rows, nullptr, n.width, x.dq, row, rows, first_head, n.heads, x.dim);
   }

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -16,8 +15,7 @@
 namespace edt {
 namespace {
 
-constexpr int64_t kGrain = 1 << 18;       // multiply-adds that are worth a thread
-constexpr int64_t kPrefetch = 512 << 10;  // bytes of one operand that the L2 cache holds for sure
+constexpr int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
 
 // Only the last dimension must be contiguous: heads of a packed projection are read in place.
 Tensor readable(const Tensor& x) {
@@ -83,24 +81,20 @@ class Batch {
   // kernel(x, molecule, key heads) for all, the tasks of a molecule on one thread as far as shares
   // allow.
   void run(const AttentionKernels& kernels, AttentionKernels::Kernel kernel, const Attention& x,
-           int64_t element, std::initializer_list<AttentionRows> q_operands) const {
+           int64_t element) const {
     torch::stable::parallel_for(0, start_.back(), kGrain, [&](int64_t begin, int64_t end) {
       if (kernels.begin_thread) kernels.begin_thread();
-      auto next = std::upper_bound(start_.begin(), start_.end(), begin) - start_.begin() - 1;
-      for (size_t i = next; i + 1 < q_.size() && start_[i] < end; ++i) {
-        const AttentionMolecule m = molecule(i);
-        const int64_t step = (start_[i + 1] - start_[i]) / tasks_;
-        for (const auto& rows : q_operands)
-          prefetch(rows, m.q_begin, m.queries, x.heads * x.dim * element, element);
-        for (const auto& rows : {x.k, x.v})
-          prefetch(rows, m.k_begin, m.keys, x.kv_heads * x.dim * element, element);
-        for (int64_t task = 0; task < tasks_; ++task) {
-          const int64_t at = start_[i] + task * step;
-          if (at < begin || at >= end) continue;
-          const int64_t first = task * heads_per_task_;
-          const AttentionHeads heads{first, std::min(first + heads_per_task_, kv_heads_)};
-          kernel(x, m, heads, thread_scratch(kernels.scratch_bytes(x, m, heads)));
-        }
+      Task task = task_at(begin);
+      if (start_of(task) < end) rows_of_task(x, task, element).fetch(INT64_MAX);
+      while (start_of(task) < end) {
+        const Task next = after(task);
+        AttentionAhead ahead;
+        if (start_of(next) < end) ahead = rows_of_task(x, next, element);
+        const AttentionMolecule m = molecule(task.molecule);
+        const AttentionHeads heads = heads_of(task);
+        kernel(x, m, heads, thread_scratch(kernels.scratch_bytes(x, m, heads)), ahead);
+        ahead.fetch(INT64_MAX);
+        task = next;
       }
       if (kernels.end_thread) kernels.end_thread();
     });
@@ -111,14 +105,51 @@ class Batch {
     return {static_cast<int64_t>(i), q_[i], q_[i + 1] - q_[i], k_[i], k_[i + 1] - k_[i], pairs_[i]};
   }
 
-  // A head's rows are islands that the hardware prefetcher does not see coming.
-  static void prefetch(const AttentionRows& rows, int64_t begin, int64_t count, int64_t bytes,
-                       int64_t element) {
-    if (count * bytes > kPrefetch) return;
-    for (int64_t i = begin; i < begin + count; ++i) {
-      const char* row = static_cast<const char*>(rows.data) + i * rows.row * element;
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-    }
+  struct Task {
+    size_t molecule;
+    int64_t number;
+  };
+
+  // The first that starts at `place` of the axis of work or after it.
+  Task task_at(int64_t place) const {
+    const auto found =
+        std::upper_bound(start_.begin(), start_.end() - 1, place) - start_.begin() - 1;
+    Task task{static_cast<size_t>(found), 0};
+    while (start_of(task) < place) task = after(task);
+    return task;
+  }
+
+  Task after(Task task) const {
+    return task.number + 1 < tasks_ ? Task{task.molecule, task.number + 1}
+                                    : Task{task.molecule + 1, 0};
+  }
+
+  int64_t start_of(Task task) const {
+    if (task.molecule + 1 >= start_.size()) return INT64_MAX;
+    const int64_t begin = start_[task.molecule], end = start_[task.molecule + 1];
+    return begin + (end - begin) / tasks_ * task.number;
+  }
+
+  AttentionHeads heads_of(Task task) const {
+    const int64_t first = task.number * heads_per_task_;
+    return {first, std::min(first + heads_per_task_, kv_heads_)};
+  }
+
+  AttentionAhead rows_of_task(const Attention& x, Task task, int64_t element) const {
+    AttentionAhead ahead;
+    const AttentionMolecule m = molecule(task.molecule);
+    const AttentionHeads heads = heads_of(task);
+    const auto add = [&](const AttentionRows& rows, int64_t begin, int64_t count, int64_t group) {
+      if (!rows.data) return;
+      const int64_t first = begin * rows.row + heads.begin * group * rows.head;
+      const int64_t bytes = (heads.end - heads.begin) * group * x.dim * element;
+      ahead.operands[ahead.end++] = {static_cast<const char*>(rows.data) + first * element, count,
+                                     rows.row * element, (bytes + 63) / 64};
+    };
+    for (const auto& rows : {x.k, x.v, x.dk, x.dv}) add(rows, m.k_begin, m.keys, 1);
+    for (const auto& rows : {x.q, x.out, x.grad, x.dq})
+      add(rows, m.q_begin, m.queries, x.heads / x.kv_heads);
+    return ahead;
   }
 
   std::vector<int64_t> q_, k_, pairs_;  // [B + 1]
@@ -194,7 +225,7 @@ std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor
 
   Attention x = describe(q, k, v, lse, causal, scale);
   x.out = rows_of(out);
-  batch.run(kernels, kernels.forward, x, q.element_size(), {x.q});
+  batch.run(kernels, kernels.forward, x, q.element_size());
   zero_tail(out, batch.queries());
   fill_lse_tail(lse, batch.queries());
   return {out, lse};
@@ -219,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_general(
   x.pairs.bias = bias ? bias->data_ptr() : nullptr;
   x.pairs.scores = return_scores ? scores.data_ptr() : nullptr;
   x.dropout = dropout_of(dropout_p, seed, batch);
-  batch.run(kernels, kernels.forward_pairs, x, q.element_size(), {x.q});
+  batch.run(kernels, kernels.forward_pairs, x, q.element_size());
   zero_tail(out, batch.queries());
   fill_lse_tail(lse, batch.queries());
   if (return_scores) zero_tail(scores, batch.pairs());
@@ -251,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
   x.grad_lse = grad_lse ? grad_lse->data_ptr() : nullptr;
   x.pairs = pairs;
   x.dropout = dropout;
-  batch.run(kernels, kernel, x, q.element_size(), {x.q, x.grad});
+  batch.run(kernels, kernel, x, q.element_size());
   zero_tail(dq, batch.queries());
   zero_tail(dk, batch.keys());
   zero_tail(dv, batch.keys());

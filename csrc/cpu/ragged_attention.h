@@ -31,8 +31,8 @@ struct AttentionDropout {
 struct Attention {
   AttentionRows q, k, v;
   void* lse;          // [Tq, H], float or double: the forward writes it, the backward reads it
-  AttentionRows out;  // forward only
-  AttentionRows grad, dq, dk, dv;  // backward only
+  AttentionRows out;  // forward only, else null
+  AttentionRows grad, dq, dk, dv;  // backward only, else null
   const void* grad_lse;            // [Tq, H] or null
   AttentionPairs pairs;
   AttentionDropout dropout;
@@ -51,10 +51,42 @@ struct AttentionHeads {
   int64_t begin, end;
 };
 
+// Rows that the next call reads or writes, asked of memory a few at a time between the products of
+// this one: a head's rows are islands that the hardware does not see coming.
+struct AttentionAhead {
+  struct Rows {
+    const char* next;
+    int64_t count, stride, lines;  // rows, bytes from one to the next, cache lines of each
+  };
+  Rows operands[8];
+  int64_t per_step = 0;
+  int begin = 0, end = 0;
+
+  // Before a call that has so many steps.
+  void spread(int64_t steps) {
+    int64_t rows = 0;
+    for (int i = begin; i < end; ++i) rows += operands[i].count;
+    per_step = steps == 0 ? rows : (rows + steps - 1) / steps;
+  }
+
+  void operator()() { fetch(per_step); }
+
+  void fetch(int64_t rows) {
+    for (; begin < end; ++begin) {
+      Rows& from = operands[begin];
+      for (; from.count > 0; --from.count, from.next += from.stride) {
+        if (rows-- == 0) return;
+        for (int64_t line = 0; line < from.lines; ++line)
+          __builtin_prefetch(from.next + 64 * line, 0, 2);
+      }
+    }
+  }
+};
+
 // Kernels of one element type. Each serves some heads of one molecule.
 struct AttentionKernels {
   using Kernel = void (*)(const Attention&, const AttentionMolecule&, const AttentionHeads&,
-                          void* scratch);
+                          void* scratch, AttentionAhead&);
   // Bytes of scratch, aligned to 64, that any kernel needs.
   int64_t (*scratch_bytes)(const Attention&, const AttentionMolecule&, const AttentionHeads&);
   Kernel forward, backward;

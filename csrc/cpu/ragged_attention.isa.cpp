@@ -1,8 +1,9 @@
 // Attention of one molecule and head at a time, everything in cache. A block of queries goes
-// through all keys at once, so the softmax sees whole rows and nothing is rescaled:
-//   forward   S = Q K^T,  P = softmax(S),  O = P V
-//   backward  P from S and the lse, normalised again,  dP = dO V^T,
-//             dS = P (dP - rowsum(P dP) + dlse),
+// through all keys at once, so the softmax sees whole columns and nothing is rescaled; queries lie
+// along the lanes, so nothing is reduced across lanes:
+//   forward   S^T = K Q^T,  P^T = softmax(S^T),  O = P V
+//   backward  P^T from S^T and the lse, normalised again,  dP^T = V dO^T,
+//             dS = P (dP - sum(P dP) + dlse),
 //             dV = P^T dO,  dQ = dS K,  dK = dS^T Q
 // With pairs, S carries a bias and dS is the bias's gradient; dropout multiplies P and dP.
 // All seven products are one micro-kernel, C (+)= A B, with B in rows of whole vectors and A read
@@ -65,23 +66,25 @@ struct View {
 // Of the key heads of one call: their K, V and gradients; and what one block of queries needs.
 template <class T>
 struct Scratch {
-  T *q, *k, *v, *grad, *dq, *dk, *dv, *k_t, *v_t, *p, *dp, *bias, *dscores, *keep, *end;
+  T *q, *k, *v, *grad, *dq, *dk, *dv, *q_t, *grad_t, *p, *dp, *bias, *dscores, *end;
   int64_t kv_block;  // numbers from one key head's k, v, ... to the next one's
+  int64_t lanes;     // queries of a block, whole vectors
 
   Scratch(void* memory, const Attention& x, const AttentionMolecule& m,
           const AttentionHeads& heads) {
     end = static_cast<T*>(memory);
-    const int64_t dim = padded<T>(x.dim), keys = padded<T>(m.keys);
+    const int64_t dim = padded<T>(x.dim);
     const int64_t queries = m.queries < kQueryBlock ? m.queries : kQueryBlock;
     const int64_t kv_heads = heads.end - heads.begin, q_heads = kv_heads * (x.heads / x.kv_heads);
-    kv_block = keys * dim;
+    kv_block = m.keys * dim;
+    lanes = padded<T>(queries);
     for (T** block : {&q, &grad, &dq}) *block = take(queries * dim);
-    for (T** block : {&k, &v, &dk, &dv, &k_t, &v_t}) *block = take(kv_heads * kv_block);
-    for (T** block : {&p, &dp}) *block = take(queries * keys);
-    const int64_t pairs = padded<T>(q_heads) * queries * keys;
+    for (T** block : {&k, &v, &dk, &dv}) *block = take(kv_heads * kv_block);
+    for (T** block : {&q_t, &grad_t}) *block = take(dim * lanes);
+    for (T** block : {&p, &dp}) *block = take(m.keys * lanes);
+    const int64_t pairs = padded<T>(q_heads) * m.keys * lanes;
     bias = x.pairs.bias || x.pairs.scores ? take(pairs) : nullptr;
     dscores = x.pairs.grad_scores ? take(pairs) : nullptr;
-    keep = x.dropout.seeds ? take(keys) : nullptr;
   }
 
   // Every block is whole vectors long.
@@ -104,158 +107,165 @@ struct Block {
   const AttentionMolecule& m;
   int64_t first, rows;        // queries of the molecule
   int64_t first_head, heads;  // query heads of the call
+  int64_t keys;               // that its last query sees
+
+  // Lane i of x belongs to query c + i of the block: `rest` where that does not see key j.
+  template <class T>
+  EDT_INLINE Vec<T> where_visible(Vec<T> x, int64_t j, int64_t c, T rest) const {
+    using Int = typename Float<T>::Int;
+    const int64_t blind = j - m.keys + m.queries - first - c;
+    const Int count = blind < 0 ? 0 : blind < kLanes<T> ? static_cast<Int>(blind) : kLanes<T>;
+    return iota<T>() < count ? broadcast<T>(rest) : x;
+  }
+
+  // Of query i of the block, in [Tq, H].
+  EDT_INLINE int64_t entry(int64_t i, int64_t head) const {
+    return (m.q_begin + first + i) * x.heads + head;
+  }
 };
 
-// How many keys query i of the molecule sees.
-EDT_INLINE int64_t visible(const Attention& x, const AttentionMolecule& m, int64_t i) {
-  if (!x.causal) return m.keys;
-  const int64_t n = i + 1 + m.keys - m.queries;
-  return n < 0 ? 0 : n < m.keys ? n : m.keys;
+// Between numbers of a head's queries in [Tq, H] and lanes; `rest` in lanes without a query.
+template <class T>
+EDT_INLINE Vec<T> gather_queries(const Block& b, const void* from, int64_t head, int64_t c,
+                                 T rest) {
+  T numbers[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i)
+    numbers[i] = c + i < b.rows ? static_cast<const T*>(from)[b.entry(c + i, head)] : rest;
+  return load(numbers);
 }
 
-// Rows [first, first + rows) of P = softmax(scale S), in place, and their lse. A query that sees
-// no key has P = 0 and lse = -inf.
 template <class T>
-void softmax(const Attention& x, const AttentionMolecule& m, int64_t first_query, int64_t rows,
-             int64_t head, Matrix<T> s, T scale) {
-  constexpr int W = kLanes<T>;
-  const int64_t keys = visible(x, m, first_query + rows - 1);
-  T largest[kQueryBlock], totals[kQueryBlock] = {}, logs[kQueryBlock];
-  for (int64_t i = 0; i < rows; ++i) {
-    T* row = s.data + i * s.stride;
-    const int64_t seen = visible(x, m, first_query + i);
+EDT_INLINE void scatter_queries(const Block& b, Vec<T> x, void* to, int64_t head, int64_t c) {
+  T numbers[kLanes<T>];
+  store(numbers, x);
+  for (int i = 0; i < kLanes<T> && c + i < b.rows; ++i)
+    static_cast<T*>(to)[b.entry(c + i, head)] = numbers[i];
+}
+
+// P^T = softmax(scale S^T) in place, and the lse. A query that sees no key has P = 0 and
+// lse = -inf.
+template <class T>
+void softmax(const Block& b, int64_t head, Matrix<T> s, T scale) {
+  for (int64_t c = 0; c < b.rows; c += kLanes<T>) {
+    T* const column = s.data + c;
     Vec<T> most = broadcast<T>(-INFINITY);
-    for (int64_t j = 0; j < keys; j += W) {
-      const Vec<T> logit = first<T>(load(row + j) * scale, seen - j, -INFINITY);
-      most = max(most, logit);
-      store(row + j, logit);
-    }
-    const T peak = reduce_max<T>(most);
-    largest[i] = peak == -INFINITY ? 0 : peak;
+    for (int64_t j = 0; j < b.keys; ++j) most = max(most, load(column + j * s.stride) * scale);
+    const Vec<T> largest = most == -INFINITY ? Vec<T>{} : most;
 
-    Vec<T> sum{};
-    for (int64_t j = 0; j < keys; j += W) {
-      const Vec<T> weight = exp<T>(load(row + j) - largest[i]);
-      sum += weight;
-      store(row + j, weight);
+    Vec<T> total{};
+    for (int64_t j = 0; j < b.keys; ++j) {
+      const Vec<T> weight = exp_falling<T>(load(column + j * s.stride) * scale - largest);
+      total += weight;
+      store(column + j * s.stride, weight);
     }
-    totals[i] = reduce_sum<T>(sum);
-    const T inverse = totals[i] == 0 ? 0 : 1 / totals[i];
-    for (int64_t j = 0; j < keys; j += W) store(row + j, load(row + j) * inverse);
+    const auto blind = total == 0;
+    const Vec<T> inverse = blind ? Vec<T>{} : 1 / total;
+    for (int64_t j = 0; j < b.keys; ++j)
+      store(column + j * s.stride, load(column + j * s.stride) * inverse);
+
+    const Vec<T> lse = largest + log<T>(blind ? broadcast<T>(1) : total);
+    scatter_queries<T>(b, blind ? broadcast<T>(-INFINITY) : lse, b.x.lse, head, c);
   }
-
-  T* lse = static_cast<T*>(x.lse) + (m.q_begin + first_query) * x.heads + head;
-  for (int64_t i = 0; i < rows; i += W) store(logs + i, log<T>(load(totals + i)));
-  for (int64_t i = 0; i < rows; ++i)
-    lse[i * x.heads] = totals[i] == 0 ? -INFINITY : largest[i] + logs[i];
 }
 
-// From S and dP, both overwritten: P = softmax(scale S), and scale dx with
-// dx = P (dP - rowsum(P dP) + dlse).
+// From S^T and dP^T, both overwritten: P^T = softmax(scale S^T), and grad_scale dx^T with
+// dx = P (dP - sum(P dP) + dlse).
 template <class T>
-void softmax_backward(const Attention& x, const AttentionMolecule& m, int64_t first_query,
-                      int64_t rows, int64_t head, Matrix<T> s, Matrix<T> dp, T scale) {
-  constexpr int W = kLanes<T>;
-  const int64_t keys = visible(x, m, first_query + rows - 1);
-  for (int64_t i = 0; i < rows; ++i) {
-    T *p_row = s.data + i * s.stride, *dp_row = dp.data + i * dp.stride;
-    const int64_t seen = visible(x, m, first_query + i);
-    const int64_t entry = (m.q_begin + first_query + i) * x.heads + head;
-    const T saved = static_cast<const T*>(x.lse)[entry];
-    const T lse = saved == -INFINITY ? 0 : saved;
+void softmax_backward(const Block& b, int64_t head, Matrix<T> s, Matrix<T> dp, T scale,
+                      T grad_scale) {
+  for (int64_t c = 0; c < b.rows; c += kLanes<T>) {
+    T *const p_column = s.data + c, *const dp_column = dp.data + c;
+    const Vec<T> saved = gather_queries<T>(b, b.x.lse, head, c, 0);
+    const Vec<T> lse = saved == -INFINITY ? Vec<T>{} : saved;
 
     // The rounding of a large lse cancels in weight / sum(weight).
-    Vec<T> weights{}, products{};
-    for (int64_t j = 0; j < keys; j += W) {
-      const Vec<T> logit = first<T>(load(p_row + j) * scale, seen - j, -INFINITY);
-      const Vec<T> weight = exp<T>(logit - lse);
-      weights += weight;
-      products = fma(weight, load(dp_row + j), products);
-      store(p_row + j, weight);
+    Vec<T> total{}, product{};
+    for (int64_t j = 0; j < b.keys; ++j) {
+      const Vec<T> weight = exp_falling<T>(load(p_column + j * s.stride) * scale - lse);
+      total += weight;
+      product = fma(weight, load(dp_column + j * dp.stride), product);
+      store(p_column + j * s.stride, weight);
     }
-    const T total = reduce_sum<T>(weights);
-    const T inverse = total == 0 ? 0 : 1 / total;
-    T shift = -reduce_sum<T>(products) * inverse;
-    if (x.grad_lse) shift += static_cast<const T*>(x.grad_lse)[entry];
-    for (int64_t j = 0; j < keys; j += W) {
-      const Vec<T> p = load(p_row + j) * inverse;
-      store(p_row + j, p);
-      store(dp_row + j, p * (load(dp_row + j) + shift) * scale);
+    const Vec<T> inverse = total == 0 ? Vec<T>{} : 1 / total;
+    Vec<T> shift = -product * inverse;
+    if (b.x.grad_lse) shift += gather_queries<T>(b, b.x.grad_lse, head, c, 0);
+    for (int64_t j = 0; j < b.keys; ++j) {
+      const Vec<T> p = load(p_column + j * s.stride) * inverse;
+      store(p_column + j * s.stride, p);
+      T* const at = dp_column + j * dp.stride;
+      store(at, p * (load(at) + shift) * grad_scale);
     }
   }
 }
 
-// Between [pairs, H] of S in memory and [heads, rows, padded keys] of T in scratch, for the rows
-// and heads of a block. Squares of whole vectors are transposed in registers.
+// Between [pairs, H] of S in memory and [heads, keys, lanes] of T in scratch, for the queries and
+// heads of a block. Squares of whole vectors are transposed in registers.
 template <class S, class T>
-void read_pairs(const Block& b, const void* memory, T* to) {
+void read_pairs(const Block& b, const void* memory, int64_t lanes, T* to) {
   constexpr int W = kLanes<T>;
-  const int64_t keys = b.m.keys, stride = padded<T>(keys);
-  for (int64_t r = 0; r < b.rows; ++r)
-    for (int64_t h = 0; h < b.heads; h += W)
-      for (int64_t j = 0; j < keys; j += W) {
+  for (int64_t c = 0; c < b.rows; c += W)
+    for (int64_t j = 0; j < b.m.keys; ++j)
+      for (int64_t h = 0; h < b.heads; h += W) {
         const S* from = static_cast<const S*>(memory) + b.first_head + h +
-                        (b.m.pair_begin + (b.first + r) * keys + j) * b.x.heads;
+                        (b.m.pair_begin + (b.first + c) * b.m.keys + j) * b.x.heads;
         Vec<T> x[W];
         for (int i = 0; i < W; ++i) {
           x[i] = Vec<T>{};
-          if (j + i < keys) {
+          if (c + i < b.rows) {
+            const S* pair = from + i * b.m.keys * b.x.heads;
             if (h + W <= b.heads) {
-              x[i] = load(from + i * b.x.heads);
+              x[i] = load(pair);
             } else {
               S few[W] = {};
-              std::memcpy(few, from + i * b.x.heads, (b.heads - h) * sizeof(S));
+              std::memcpy(few, pair, (b.heads - h) * sizeof(S));
               x[i] = load(few);
             }
           }
         }
         transpose_square<T>(x);
-        for (int i = 0; i < W; ++i) store(to + ((h + i) * b.rows + r) * stride + j, x[i]);
+        for (int i = 0; i < W; ++i) store(to + ((h + i) * b.m.keys + j) * lanes + c, x[i]);
       }
 }
 
 template <class S, class T>
-void write_pairs(const Block& b, const T* from, void* memory) {
+void write_pairs(const Block& b, const T* from, int64_t lanes, void* memory) {
   constexpr int W = kLanes<T>;
-  const int64_t keys = b.m.keys, stride = padded<T>(keys);
-  for (int64_t r = 0; r < b.rows; ++r)
-    for (int64_t h = 0; h < b.heads; h += W)
-      for (int64_t j = 0; j < keys; j += W) {
+  for (int64_t c = 0; c < b.rows; c += W)
+    for (int64_t j = 0; j < b.m.keys; ++j)
+      for (int64_t h = 0; h < b.heads; h += W) {
         Vec<T> x[W];
         for (int i = 0; i < W; ++i)
-          x[i] = h + i < b.heads ? load(from + ((h + i) * b.rows + r) * stride + j) : Vec<T>{};
+          x[i] = h + i < b.heads ? load(from + ((h + i) * b.m.keys + j) * lanes + c) : Vec<T>{};
         transpose_square<T>(x);
         S* to = static_cast<S*>(memory) + b.first_head + h +
-                (b.m.pair_begin + (b.first + r) * keys + j) * b.x.heads;
-        for (int i = 0; i < W && j + i < keys; ++i) {
+                (b.m.pair_begin + (b.first + c) * b.m.keys + j) * b.x.heads;
+        for (int i = 0; i < W && c + i < b.rows; ++i) {
+          S* pair = to + i * b.m.keys * b.x.heads;
           if (h + W <= b.heads) {
-            store(to + i * b.x.heads, x[i]);
+            store(pair, x[i]);
           } else {
             S few[W];
             store(few, x[i]);
-            std::memcpy(to + i * b.x.heads, few, (b.heads - h) * sizeof(S));
+            std::memcpy(pair, few, (b.heads - h) * sizeof(S));
           }
         }
       }
 }
 
-// Logits scale S + bias in place of S and, where there is room for them, of the bias; -inf where
-// causal attention hides the pair.
+// Logits scale S + bias in place of S, -inf where causal attention hides the pair; and in place of
+// the bias, where it has a place.
 template <class T>
-void add_bias(const Block& b, Matrix<T> s, T* bias, bool biased) {
-  constexpr int W = kLanes<T>;
+void finish_logits(const Block& b, Matrix<T> s, T* bias) {
   const T scale = static_cast<T>(b.x.scale);
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const int64_t seen = visible(b.x, b.m, b.first + r);
-    for (int64_t j = 0; j < b.m.keys; j += W) {
-      T* at = bias ? bias + r * s.stride + j : nullptr;
-      Vec<T> logit = load(s.data + r * s.stride + j) * scale;
-      if (biased) logit += load(at);
-      if (b.x.causal) logit = first<T>(logit, seen - j, -INFINITY);
-      store(s.data + r * s.stride + j, logit);
-      if (bias) store(at, logit);
+  for (int64_t j = 0; j < b.m.keys; ++j)
+    for (int64_t c = 0; c < b.rows; c += kLanes<T>) {
+      T* const at = bias ? bias + j * s.stride + c : nullptr;
+      Vec<T> logit = j < b.keys ? load(s.data + j * s.stride + c) * scale : Vec<T>{};
+      if (b.x.pairs.bias) logit += load(at);
+      if (b.x.causal) logit = b.where_visible<T>(logit, j, c, -INFINITY);
+      if (j < b.keys) store(s.data + j * s.stride + c, logit);
+      if (at) store(at, logit);
     }
-  }
 }
 
 // A bijection of 32 bits in which every bit of the result depends on every bit of x.
@@ -267,43 +277,39 @@ EDT_INLINE uint32_t mix(uint32_t x) {
 
 // Multiplies every weight with 0 or the dropout's scale.
 template <class T>
-void drop(const Block& b, int64_t head, Matrix<T> p, T* keep) {
+void drop(const Block& b, int64_t head, Matrix<T> p) {
   const AttentionDropout& dropout = b.x.dropout;
   const auto seed = static_cast<uint64_t>(dropout.seeds[dropout.per_molecule ? b.m.index : 0]);
   const uint32_t of_call =
       mix(mix(static_cast<uint32_t>(seed)) + static_cast<uint32_t>(seed >> 32));
   const uint32_t of_head = mix(of_call + static_cast<uint32_t>(head));
+  uint32_t of_query[kQueryBlock];
+  for (int64_t i = 0; i < b.rows; ++i)
+    of_query[i] = mix(of_head + static_cast<uint32_t>(b.first + i));
   const T scale = static_cast<T>(dropout.scale);
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const uint32_t of_query = mix(of_head + static_cast<uint32_t>(b.first + r));
-    const int64_t keys = visible(b.x, b.m, b.first + r);
-    for (int64_t j = 0; j < keys; ++j)
-      keep[j] = mix(of_query + static_cast<uint32_t>(j)) >= dropout.threshold ? scale : T(0);
-    for (int64_t j = 0; j < keys; ++j) p.data[r * p.stride + j] *= keep[j];
-  }
+  for (int64_t j = 0; j < b.keys; ++j)
+    for (int64_t i = 0; i < b.rows; ++i)
+      p.data[j * p.stride + i] *=
+          mix(of_query[i] + static_cast<uint32_t>(j)) >= dropout.threshold ? scale : T(0);
 }
 
 // dx of the pairs: adds the gradient of the scores, gives it to the bias, and scales it for dQ and
-// dK. Both are [rows, padded keys] of the head, or null.
+// dK. Both are [keys, lanes] of the head, or null.
 template <class T>
 void finish_pairs(const Block& b, Matrix<T> dx, const T* dscores, T* dbias) {
-  constexpr int W = kLanes<T>;
   const T scale = static_cast<T>(b.x.scale);
-  const int64_t computed = visible(b.x, b.m, b.first + b.rows - 1);
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const int64_t seen = visible(b.x, b.m, b.first + r);
-    for (int64_t j = 0; j < b.m.keys; j += W) {
-      T* at = dx.data + r * dx.stride + j;
-      Vec<T> grad = j < computed ? load(at) : Vec<T>{};
-      if (dscores) grad += load(dscores + r * dx.stride + j);
-      grad = first<T>(grad, seen - j, T(0));
-      if (dbias) store(dbias + r * dx.stride + j, grad);
-      store(at, grad * scale);
+  for (int64_t j = 0; j < b.m.keys; ++j)
+    for (int64_t c = 0; c < b.rows; c += kLanes<T>) {
+      const int64_t at = j * dx.stride + c;
+      Vec<T> grad = j < b.keys ? load(dx.data + at) : Vec<T>{};
+      if (dscores) grad += load(dscores + at);
+      if (b.x.causal) grad = b.where_visible<T>(grad, j, c, 0);
+      if (dbias) store(dbias + at, grad);
+      store(dx.data + at, grad * scale);
     }
-  }
 }
 
-// The key heads of a call: where each has its K, V and what is computed from them.
+// The key heads of a call: where each has its K, V or their gradients.
 template <class S, class T>
 struct KeyHeads {
   const Attention& x;
@@ -312,128 +318,140 @@ struct KeyHeads {
   const Scratch<T>& scratch;
 
   View<S, T> view(const AttentionRows& rows, T* copies, int64_t head) const {
-    return View<S, T>(rows, m.k_begin, m.keys, head, x.dim, copies + offset(head));
+    return View<S, T>(rows, m.k_begin, m.keys, head, x.dim,
+                      copies + (head - heads.begin) * scratch.kv_block);
   }
 
-  Matrix<T> transposed(T* blocks, int64_t head) const {
-    return {blocks + offset(head), padded<T>(m.keys)};
+  void read(const AttentionRows& rows, T* copies) const {
+    for (int64_t head = heads.begin; head < heads.end; ++head) view(rows, copies, head).read();
   }
-
-  // Reads the rows, and transposes them where they are given a place.
-  void read(const AttentionRows& rows, T* copies, T* blocks) const {
-    for (int64_t head = heads.begin; head < heads.end; ++head) {
-      const Matrix<T> matrix = view(rows, copies, head).read();
-      if (blocks) transpose(matrix, m.keys, x.dim, transposed(blocks, head));
-    }
-  }
-
- private:
-  int64_t offset(int64_t head) const { return (head - heads.begin) * scratch.kv_block; }
 };
 
 // The next queries, at most a block of them.
 EDT_INLINE Block block_at(const Attention& x, const AttentionMolecule& m,
                           const AttentionHeads& heads, int64_t first) {
   const int64_t left = m.queries - first, group = x.heads / x.kv_heads;
+  const int64_t rows = left < kQueryBlock ? left : kQueryBlock;
+  const int64_t seen = first + rows + m.keys - m.queries;
   return {x,
           m,
           first,
-          left < kQueryBlock ? left : kQueryBlock,
+          rows,
           heads.begin * group,
-          (heads.end - heads.begin) * group};
+          (heads.end - heads.begin) * group,
+          !x.causal || seen > m.keys ? m.keys
+          : seen < 0                 ? 0
+                                     : seen};
+}
+
+// Tiles of the products of a call: `count` of [keys, queries], as many of [queries, dim].
+template <class T>
+int64_t tiles(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
+              int64_t count) {
+  constexpr int64_t kCols = kTileCols * kLanes<T>;
+  const int64_t of_pairs = m.keys / kTileRows * ((m.queries + kCols - 1) / kCols);
+  const int64_t of_rows = m.queries / kTileRows * ((x.dim + kCols - 1) / kCols);
+  return count * (of_pairs + of_rows) * (heads.end - heads.begin) * (x.heads / x.kv_heads);
 }
 
 template <class S, bool PAIRS, class T = typename ComputeType<S>::type>
 void forward(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
-             void* memory) {
+             void* memory, AttentionAhead& ahead) {
   const Scratch<T> scratch(memory, x, m, heads);
-  const int64_t dim = padded<T>(x.dim), stride = padded<T>(m.keys), group = x.heads / x.kv_heads;
+  const int64_t dim = padded<T>(x.dim), group = x.heads / x.kv_heads;
   const KeyHeads<S, T> kv{x, m, heads, scratch};
-  kv.read(x.k, scratch.k, scratch.k_t);
-  kv.read(x.v, scratch.v, nullptr);
-  const Matrix<T> p{scratch.p, stride};
+  kv.read(x.k, scratch.k);
+  kv.read(x.v, scratch.v);
+  const Matrix<T> q_t{scratch.q_t, scratch.lanes}, p{scratch.p, scratch.lanes};
+  const int64_t head_pairs = m.keys * scratch.lanes;
+  ahead.spread(tiles<T>(x, m, heads, 1));
 
   for (int64_t i = 0; i < m.queries; i += kQueryBlock) {
     const Block b = block_at(x, m, heads, i);
-    const int64_t keys = visible(x, m, i + b.rows - 1), row = m.q_begin + i;
+    const int64_t row = m.q_begin + i;
     if constexpr (PAIRS)
-      if (x.pairs.bias) read_pairs<S>(b, x.pairs.bias, scratch.bias);
+      if (x.pairs.bias) read_pairs<S>(b, x.pairs.bias, scratch.lanes, scratch.bias);
     for (int64_t h = 0; h < b.heads; ++h) {
       const int64_t head = b.first_head + h, kv_head = head / group;
-      const auto q = View<S, T>(x.q, row, b.rows, head, x.dim, scratch.q).read();
+      transpose(View<S, T>(x.q, row, b.rows, head, x.dim, scratch.q).read(), b.rows, x.dim, q_t);
       const View<S, T> out(x.out, row, b.rows, head, x.dim, scratch.dq);
 
-      multiply<false>(plain(q), kv.transposed(scratch.k_t, kv_head), p, b.rows, padded<T>(keys),
-                      x.dim);
-      if constexpr (PAIRS) {
-        T* bias = scratch.bias ? scratch.bias + h * b.rows * stride : nullptr;
-        add_bias(b, p, bias, x.pairs.bias);
-        softmax(x, m, i, b.rows, head, p, T(1));
-        if (x.dropout.seeds) drop(b, head, p, scratch.keep);
+      multiply<false>(plain(kv.view(x.k, scratch.k, kv_head).matrix), q_t, p, b.keys,
+                      padded<T>(b.rows), x.dim, ahead);
+      if (PAIRS || x.causal) {
+        finish_logits(b, p, scratch.bias ? scratch.bias + h * head_pairs : nullptr);
+        softmax(b, head, p, T(1));
       } else {
-        softmax(x, m, i, b.rows, head, p, static_cast<T>(x.scale));
+        softmax(b, head, p, static_cast<T>(x.scale));
       }
-      const auto v = kv.view(x.v, scratch.v, kv_head).matrix;
-      multiply<false>(plain(p), v, out.matrix, b.rows, dim, keys);
+      if constexpr (PAIRS)
+        if (x.dropout.seeds) drop(b, head, p);
+      multiply<false>(transposed(p), kv.view(x.v, scratch.v, kv_head).matrix, out.matrix, b.rows,
+                      dim, b.keys, ahead);
       out.write();
     }
     if constexpr (PAIRS)
-      if (x.pairs.scores) write_pairs<S>(b, scratch.bias, x.pairs.scores);
+      if (x.pairs.scores) write_pairs<S>(b, scratch.bias, scratch.lanes, x.pairs.scores);
   }
 }
 
 template <class S, bool PAIRS, class T = typename ComputeType<S>::type>
 void backward(const Attention& x, const AttentionMolecule& m, const AttentionHeads& heads,
-              void* memory) {
+              void* memory, AttentionAhead& ahead) {
   const Scratch<T> scratch(memory, x, m, heads);
-  const int64_t dim = padded<T>(x.dim), stride = padded<T>(m.keys), group = x.heads / x.kv_heads;
+  const int64_t dim = padded<T>(x.dim), group = x.heads / x.kv_heads;
   const KeyHeads<S, T> kv{x, m, heads, scratch};
-  kv.read(x.k, scratch.k, scratch.k_t);
-  kv.read(x.v, scratch.v, scratch.v_t);
+  kv.read(x.k, scratch.k);
+  kv.read(x.v, scratch.v);
   for (int64_t head = heads.begin; head < heads.end; ++head) {
     kv.view(x.dk, scratch.dk, head).zeros();
     kv.view(x.dv, scratch.dv, head).zeros();
   }
-  const Matrix<T> p{scratch.p, stride}, dp{scratch.dp, stride};
+  const Matrix<T> q_t{scratch.q_t, scratch.lanes}, grad_t{scratch.grad_t, scratch.lanes};
+  const Matrix<T> p{scratch.p, scratch.lanes}, dp{scratch.dp, scratch.lanes};
+  const int64_t head_pairs = m.keys * scratch.lanes;
+  ahead.spread(tiles<T>(x, m, heads, 2));
 
   for (int64_t i = 0; i < m.queries; i += kQueryBlock) {
     const Block b = block_at(x, m, heads, i);
-    const int64_t keys = visible(x, m, i + b.rows - 1), row = m.q_begin + i;
+    const int64_t row = m.q_begin + i;
     if constexpr (PAIRS) {
-      if (x.pairs.bias) read_pairs<S>(b, x.pairs.bias, scratch.bias);
-      if (x.pairs.grad_scores) read_pairs<S>(b, x.pairs.grad_scores, scratch.dscores);
+      if (x.pairs.bias) read_pairs<S>(b, x.pairs.bias, scratch.lanes, scratch.bias);
+      if (x.pairs.grad_scores)
+        read_pairs<S>(b, x.pairs.grad_scores, scratch.lanes, scratch.dscores);
     }
     for (int64_t h = 0; h < b.heads; ++h) {
       const int64_t head = b.first_head + h, kv_head = head / group;
       const auto q = View<S, T>(x.q, row, b.rows, head, x.dim, scratch.q).read();
       const auto grad = View<S, T>(x.grad, row, b.rows, head, x.dim, scratch.grad).read();
+      const auto k = kv.view(x.k, scratch.k, kv_head).matrix;
       const View<S, T> dq(x.dq, row, b.rows, head, x.dim, scratch.dq);
+      transpose(q, b.rows, x.dim, q_t);
+      transpose(grad, b.rows, x.dim, grad_t);
 
-      multiply<false>(plain(q), kv.transposed(scratch.k_t, kv_head), p, b.rows, padded<T>(keys),
-                      x.dim);
-      multiply<false>(plain(grad), kv.transposed(scratch.v_t, kv_head), dp, b.rows, padded<T>(keys),
-                      x.dim);
+      multiply<false>(plain(k), q_t, p, b.keys, padded<T>(b.rows), x.dim, ahead);
+      multiply<false>(plain(kv.view(x.v, scratch.v, kv_head).matrix), grad_t, dp, b.keys,
+                      padded<T>(b.rows), x.dim, ahead);
+      const bool finished = PAIRS || x.causal;
+      if (finished) finish_logits(b, p, scratch.bias ? scratch.bias + h * head_pairs : nullptr);
       if constexpr (PAIRS) {
-        T* bias = scratch.bias ? scratch.bias + h * b.rows * stride : nullptr;
-        const T* dscores = scratch.dscores ? scratch.dscores + h * b.rows * stride : nullptr;
-        add_bias(b, p, bias, x.pairs.bias);
-        if (x.dropout.seeds) drop(b, head, dp, scratch.keep);
-        softmax_backward(x, m, i, b.rows, head, p, dp, T(1));
-        if (x.dropout.seeds) drop(b, head, p, scratch.keep);
-        finish_pairs(b, dp, dscores, x.pairs.dbias ? bias : nullptr);
+        if (x.dropout.seeds) drop(b, head, dp);
+        softmax_backward(b, head, p, dp, T(1), T(1));
+        if (x.dropout.seeds) drop(b, head, p);
+        finish_pairs(b, dp, scratch.dscores ? scratch.dscores + h * head_pairs : nullptr,
+                     x.pairs.dbias ? scratch.bias + h * head_pairs : nullptr);
       } else {
-        softmax_backward(x, m, i, b.rows, head, p, dp, static_cast<T>(x.scale));
+        const T scale = static_cast<T>(x.scale);
+        softmax_backward(b, head, p, dp, finished ? T(1) : scale, scale);
       }
-      multiply<true>(transposed(p), grad, kv.view(x.dv, scratch.dv, kv_head).matrix, keys, dim,
-                     b.rows);
-      multiply<false>(plain(dp), kv.view(x.k, scratch.k, kv_head).matrix, dq.matrix, b.rows, dim,
-                      keys);
-      multiply<true>(transposed(dp), q, kv.view(x.dk, scratch.dk, kv_head).matrix, keys, dim,
-                     b.rows);
+      multiply<true>(plain(p), grad, kv.view(x.dv, scratch.dv, kv_head).matrix, b.keys, dim, b.rows,
+                     ahead);
+      multiply<false>(transposed(dp), k, dq.matrix, b.rows, dim, b.keys, ahead);
+      multiply<true>(plain(dp), q, kv.view(x.dk, scratch.dk, kv_head).matrix, b.keys, dim, b.rows);
       dq.write();
     }
     if constexpr (PAIRS)
-      if (x.pairs.dbias) write_pairs<S>(b, scratch.bias, x.pairs.dbias);
+      if (x.pairs.dbias) write_pairs<S>(b, scratch.bias, scratch.lanes, x.pairs.dbias);
   }
   for (int64_t head = heads.begin; head < heads.end; ++head) {
     kv.view(x.dk, scratch.dk, head).write();

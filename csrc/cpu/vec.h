@@ -247,6 +247,22 @@ EDT_INLINE Vec<T> exp(Vec<T> x) {
   return vanishes ? Vec<T>{} : times_power(e, n);
 }
 
+// e^x as above for x that rounding may have lifted above 0: what overflows is not looked at.
+template <class T>
+EDT_INLINE Vec<T> exp_falling(Vec<T> x) {
+  using C = Float<T>;
+  const auto vanishes = x < C::kExpMin;
+  x = vanishes ? broadcast(C::kExpMin) : x;
+  const T log2e = static_cast<T>(1.4426950408889634074);
+  const Vec<T> rounded = fma(x, broadcast(log2e), broadcast(C::kRounder));
+  const Vec<T> n = rounded - C::kRounder;
+  Vec<T> r = fma(n, broadcast(-C::kLn2High), x);
+  r = fma(n, broadcast(-C::kLn2Low), r);
+  const Vec<T> e = fma(polynomial<T>(r, C::kExp), r * r, r) + T(1);
+  const Ints<T> power = ((Ints<T>)rounded + C::kExponentBias) << C::kMantissaBits;
+  return vanishes ? Vec<T>{} : e * (Vec<T>)power;
+}
+
 // ln x of positive normal x within 1 ulp; NaN stays NaN.
 template <class T>
 EDT_INLINE Vec<T> log(Vec<T> x) {

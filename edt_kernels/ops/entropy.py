@@ -33,12 +33,14 @@ _entropy = define(
     "entropy(Tensor logits, float scale) -> (Tensor, Tensor, Tensor)",
     reference=reference.entropy,
     fake=_fake,
+    triton="entropy:entropy",
 )
 entropy_bwd = define(
     "entropy_bwd(Tensor grad, Tensor logits, Tensor h, Tensor top, Tensor log_total, float scale,"
     " Tensor? offsets) -> Tensor",
     reference=reference.entropy_bwd,
     fake=_fake_bwd,
+    triton="entropy:entropy_bwd",
 )
 
 

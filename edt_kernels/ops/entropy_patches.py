@@ -28,6 +28,7 @@ _entropy_patches = define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.entropy_patches,
     fake=_fake,
+    triton="entropy_patches:entropy_patches",
 )
 
 

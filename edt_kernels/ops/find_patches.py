@@ -136,6 +136,7 @@ _find_patches = define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.find_patches,
     fake=_fake,
+    triton="find_patches:find_patches",
 )
 
 

@@ -66,12 +66,14 @@ _insert = define(
     " Tensor? rows, Tensor? labels) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.insert,
     fake=_fake,
+    triton="insert:insert",
 )
 _insert_bwd = define(
     "insert_bwd(Tensor grad, Tensor embed_offsets, Tensor token_offsets, Tensor at, SymInt rows,"
     " SymInt tokens, bool[] wanted) -> (Tensor, Tensor)",
     reference=reference.insert_bwd,
     fake=_fake_bwd,
+    triton="insert:insert_bwd",
 )
 
 

@@ -36,6 +36,7 @@ _linear_entropy = define(
     " -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_entropy,
     fake=_fake,
+    triton="linear_entropy:linear_entropy",
 )
 _linear_entropy_bwd = define(
     "linear_entropy_bwd(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor h,"
@@ -43,6 +44,7 @@ _linear_entropy_bwd = define(
     " -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_entropy_bwd,
     fake=_fake_bwd,
+    triton="linear_entropy:linear_entropy_bwd",
 )
 
 

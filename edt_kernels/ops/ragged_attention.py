@@ -98,12 +98,14 @@ _attention = define(
     "bool causal, float? scale) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
+    triton="ragged_attention:ragged_attention",
 )
 _attention_bwd = define(
     "ragged_attention_bwd(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor lse, "
     "Tensor q_offsets, Tensor k_offsets, bool causal, float? scale) -> (Tensor, Tensor, Tensor)",
     reference=reference_bwd,
     fake=_fake_bwd,
+    triton="ragged_attention:ragged_attention_bwd",
 )
 _general = define(
     "ragged_attention_general(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? seed, "
@@ -111,6 +113,7 @@ _general = define(
     "bool return_scores) -> (Tensor, Tensor, Tensor)",
     reference=reference_general,
     fake=_fake_general,
+    triton="ragged_attention:ragged_attention_general",
 )
 _general_bwd = define(
     "ragged_attention_general_bwd(Tensor grad, Tensor? grad_lse, Tensor? grad_scores, Tensor q, "
@@ -119,6 +122,7 @@ _general_bwd = define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference_general_bwd,
     fake=_fake_general_bwd,
+    triton="ragged_attention:ragged_attention_general_bwd",
 )
 
 

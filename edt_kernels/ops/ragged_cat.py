@@ -31,11 +31,13 @@ _ragged_cat = define(
     "ragged_cat(Tensor[] parts, Tensor?[] offsets) -> (Tensor, Tensor)",
     reference=reference.ragged_cat,
     fake=_fake,
+    triton="ragged_cat:ragged_cat",
 )
 _ragged_cat_bwd = define(
     "ragged_cat_bwd(Tensor grad, Tensor?[] offsets, SymInt[] rows, bool[] wanted) -> Tensor[]",
     reference=reference.ragged_cat_bwd,
     fake=_fake_bwd,
+    triton="ragged_cat:ragged_cat_bwd",
 )
 
 

@@ -64,35 +64,41 @@ _pool = define(
     " -> Tensor",
     reference=reference.segment_pool,
     fake=_fake,
+    triton="segment_pool:segment_pool",
 )
 _pool_bwd = define(
     "segment_pool_bwd(Tensor grad, Tensor offsets, Tensor? order, Tensor? weight, SymInt rows,"
     " bool mean) -> Tensor",
     reference=reference.segment_pool_bwd,
     fake=_fake_bwd,
+    triton="segment_pool:segment_pool_bwd",
 )
 _weight_bwd = define(
     "segment_pool_weight_bwd(Tensor grad, Tensor values, Tensor offsets, Tensor? order,"
     " Tensor weight, bool mean) -> Tensor",
     reference=reference.segment_pool_weight_bwd,
     fake=_fake_weight_bwd,
+    triton="segment_pool:segment_pool_weight_bwd",
 )
 _extreme = define(
     "segment_extreme(Tensor values, Tensor offsets, Tensor? order, bool largest)"
     " -> (Tensor, Tensor)",
     reference=reference.segment_extreme,
     fake=_fake_extreme,
+    triton="segment_pool:segment_extreme",
 )
 _extreme_bwd = define(
     "segment_extreme_bwd(Tensor grad, Tensor source, Tensor offsets, Tensor? order, SymInt rows)"
     " -> Tensor",
     reference=reference.segment_extreme_bwd,
     fake=_fake_extreme_bwd,
+    triton="segment_pool:segment_extreme_bwd",
 )
 _sort_ids = define(
     "sort_ids(Tensor ids, SymInt segments) -> (Tensor, Tensor)",
     reference=reference.sort_ids,
     fake=_fake_sort_ids,
+    triton="sort_ids:sort_ids",
 )
 
 

@@ -21,11 +21,13 @@ _segment_softmax = define(
     "segment_softmax(Tensor values, Tensor offsets) -> Tensor",
     reference=reference.segment_softmax,
     fake=_fake,
+    triton="segment_softmax:segment_softmax",
 )
 _segment_softmax_bwd = define(
     "segment_softmax_bwd(Tensor grad, Tensor out, Tensor offsets) -> Tensor",
     reference=reference.segment_softmax_bwd,
     fake=_fake_bwd,
+    triton="segment_softmax:segment_softmax_bwd",
 )
 
 

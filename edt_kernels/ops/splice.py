@@ -43,12 +43,14 @@ _splice = define(
     " Tensor? new_ids) -> Tensor",
     reference=reference.splice,
     fake=_fake,
+    triton="splice:splice",
 )
 _splice_bwd = define(
     "splice_bwd(Tensor grad, Tensor token_offsets, Tensor slots, Tensor? new_ids, SymInt tokens,"
     " SymInt added, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     reference=reference.splice_bwd,
     fake=_fake_bwd,
+    triton="splice:splice_bwd",
 )
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from edt_former.config import MoleculeConfig
 from edt_former.graph import make_encoder
+from edt_former.language.adapters import base_of, plain_names, plain_state
 from edt_former.language.frozen import (
     WEIGHTS,
     content_hash,
@@ -51,7 +52,7 @@ def save_checkpoint(
     if save_frozen:
         _save_frozen(model, folders, dtype)
     if save_frozen or frozen_folder is not None:
-        parts = {name: _part_in(model, name, where) for name, where in folders.items()}
+        parts = {name: part_in(model, name, where) for name, where in folders.items()}
     else:
         parts = {name: _known_part(model, name) for name in present_parts(model)}
     model.frozen_parts = parts
@@ -123,13 +124,14 @@ def trained_names(model: MoleculeLM) -> list[str]:
 
 
 def _trained_inside(model: MoleculeLM, part: str) -> tuple[str, ...]:
-    """The weights of a frozen part that are trained after all: the table, adapters."""
+    """The weights of a frozen part that are trained after all: the table."""
     prefix = f"{part}."
-    return tuple(n.removeprefix(prefix) for n in trained_names(model) if n.startswith(prefix))
+    names = (n.removeprefix(prefix) for n in trained_names(model) if n.startswith(prefix))
+    return tuple(plain_names(names))
 
 
-def _part_in(model: MoleculeLM, name: str, folder: Path) -> FrozenPart:
-    """A frozen part that is in `folder`."""
+def part_in(model: MoleculeLM, name: str, folder: Path) -> FrozenPart:
+    """A frozen part that is in `folder`, as a manifest names it."""
     without = _trained_inside(model, name)
     sha256 = content_hash(read_weights(folder), without=without)
     return FrozenPart(sha256, str(folder), folder.name, without)
@@ -148,13 +150,13 @@ def _known_part(model: MoleculeLM, name: str) -> FrozenPart:
 
 def _save_frozen(model: MoleculeLM, folders: Mapping[str, Path], dtype: torch.dtype | None) -> None:
     for name, folder in folders.items():
-        module = getattr(model, name)
+        module = base_of(getattr(model, name))
         if not isinstance(module, PreTrainedModel):
             save_part(module, folder, dtype=dtype)
-        elif dtype is None or dtype == module.dtype:
-            module.save_pretrained(folder)
-        else:
-            copy.deepcopy(module).to(dtype).save_pretrained(folder)
+            continue
+        if dtype is not None and dtype != module.dtype:
+            module = copy.deepcopy(module).to(dtype)
+        module.save_pretrained(folder, state_dict=plain_state(module.state_dict()))
     if model.processor is not None:
         model.processor.tokenizer.save_pretrained(folders["language_model"])
 

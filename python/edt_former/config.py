@@ -30,6 +30,8 @@ class MoleculeConfig(PretrainedConfig):
         train_embeddings: "new_rows" trains those rows, "all" the language model's whole input
             table as well, "none" neither.
         features: the scheme of atom and bond features that the graph encoder reads.
+        lora: adapters of the language model, see `edt_former.language.adapters.add_lora`; None
+            for none.
 
     Raises:
         ValueError: an unknown `train_embeddings` or scheme of features.
@@ -57,6 +59,7 @@ class MoleculeConfig(PretrainedConfig):
         new_token_ids: Sequence[int] = (),
         train_embeddings: str = "new_rows",
         features: str = OGB,
+        lora: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if train_embeddings not in TRAIN_EMBEDDINGS:
@@ -78,6 +81,7 @@ class MoleculeConfig(PretrainedConfig):
         self.new_token_ids = list(new_token_ids)
         self.train_embeddings = train_embeddings
         self.features = features
+        self.lora = None if lora is None else dict(lora)
         super().__init__(**kwargs)
 
 

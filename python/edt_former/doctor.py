@@ -233,20 +233,26 @@ def _ops(info: dict) -> Finding:
 
 
 def _gpu_ops(info: dict) -> Finding:
-    """Which ops have kernels for CUDA tensors."""
-    ops = info["cuda_ops"]
+    """Which backend serves CUDA tensors, and why."""
+    ops, installed = info["cuda_ops"], info["triton"]
     why = {
         "native, unmeasured": "CUDA C++ that nobody has timed on a GPU, chosen by EDT_CUDA_NATIVE",
-        "triton": "Triton",
-        "reference": "torch reference, no GPU kernel for this op",
+        "triton": f"Triton {installed}",
+        "reference": "no Triton kernel for this op" if installed else "Triton is not installed",
     }
-    parts = []
-    for backend, reason in why.items():
-        names = sorted(name for name in ops if ops[name] == backend)
-        parts += [f"{reason}: {', '.join(names)}"] if names else []
-    unmeasured = "native, unmeasured" in ops.values()
-    remedy = "unset EDT_CUDA_NATIVE to leave it out" if unmeasured else ""
-    return Finding("ops on the GPU", NOTE if unmeasured else OK, "; ".join(parts), remedy, ops)
+    by_backend = {backend: sorted(name for name in ops if ops[name] == backend) for backend in why}
+    told = "; ".join(
+        f"{backend} ({why[backend]}): {', '.join(names)}"
+        for backend, names in by_backend.items()
+        if names
+    )
+    data = {name: {"backend": backend, "why": why[backend]} for name, backend in ops.items()}
+    if not installed:
+        return Finding("ops on the GPU", PROBLEM, told, "pip install triton", data)
+    if by_backend["native, unmeasured"]:
+        remedy = "unset EDT_CUDA_NATIVE to leave it out"
+        return Finding("ops on the GPU", NOTE, told, remedy, data)
+    return Finding("ops on the GPU", OK, told, data=data)
 
 
 def _compiler() -> Iterator[Finding]:

@@ -25,6 +25,7 @@ from edt_former.chem import ConformerOptions, Molecule, make_conformers
 from edt_former.config import MoleculeConfig
 from edt_former.connectors import Connector, MoleculeTokens, make_connector
 from edt_former.graph import GraphBatch, GraphEncoder, make_encoder
+from edt_former.language.adapters import add_lora, base_of, is_adapter
 from edt_former.language.frozen import input_scale
 from edt_former.language.manifest import FrozenPart
 from edt_former.processor import (
@@ -98,6 +99,8 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             predictor = NextAtomPredictor(config.predictor_config)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.lora is not None:
+            language_model = add_lora(language_model, config.lora)
         self.graph_encoder = graph_encoder
         self.predictor = predictor
         self.connector = connector
@@ -105,6 +108,8 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         config.text_config = language_model.config
         self.processor: MoleculeProcessor | None = None
         self._input_scale: float | None = None
+        # Processes that share a sharded model must gather the same layers, molecules or not.
+        self.always_encodes = False
         self.frozen_parts: dict[str, FrozenPart] = {}
         _check_widths(graph_encoder, connector, self.get_input_embeddings())
         if graph_encoder.features != config.features:
@@ -116,12 +121,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         self._freeze()
         self.generation_config = language_model.generation_config
         self.post_init()
-        # What a Trainer misses in a checkpoint when it resumes; BatchNorm never misses its counter.
-        self._keys_to_ignore_on_save = {
-            name
-            for name in set(self.state_dict()) - set(trained_names(self))
-            if not name.endswith("num_batches_tracked")
-        }
+        self._ignore_on_save()
 
     @classmethod
     def from_parts(
@@ -312,7 +312,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
                 f"molecule_counts must sum to the molecules of graph, {graph.num_molecules}, "
                 f"got {int(rows[-1])}"
             )
-        if graph.num_molecules or self.training:
+        if graph.num_molecules or self.training or self.always_encodes:
             tokens = self.encode(graph, patches)
         else:
             tokens = MoleculeTokens(embeds.new_zeros(0, embeds.shape[-1]), rows.new_zeros(1))
@@ -397,6 +397,23 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         graph = graph.to(self.device)
         options = self.connector.patch_options
         return self.encode(graph, cut_on_device(graph, options, self.predictor, longest=longest))
+
+    def add_lora(self, options: Mapping[str, Any]) -> None:
+        """Gives the language model low-rank adapters, which train and are in the checkpoint.
+
+        Args:
+            options: see `edt_former.language.adapters.add_lora`.
+
+        Raises:
+            ImportError: peft is not installed.
+            ValueError: it has adapters already.
+        """
+        if self.config.lora is not None:
+            raise ValueError(f"the language model has adapters already, {self.config.lora}")
+        self.language_model = add_lora(self.language_model, options)
+        self.config.lora = dict(options)
+        self._freeze()
+        self._ignore_on_save()
 
     def set_budget(self, **budget: int | None) -> None:
         """Fewer tokens for every molecule, so shorter prompts; saved with the model.
@@ -585,10 +602,21 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         for part in (self.predictor, self.language_model):
             if part is not None:
                 part.requires_grad_(False).eval()
+        for name, parameter in self.language_model.named_parameters():
+            parameter.requires_grad_(is_adapter(name))
         if self.config.train_embeddings == "all":
             self.get_input_embeddings().weight.requires_grad_(True)
         if self.new_rows is not None:
             self.new_rows.requires_grad_(self.config.train_embeddings != "none")
+
+    def _ignore_on_save(self) -> None:
+        """What a Trainer misses in a checkpoint when it resumes; BatchNorm never misses its
+        counter."""
+        self._keys_to_ignore_on_save = {
+            name
+            for name in set(self.state_dict()) - set(trained_names(self))
+            if not name.endswith("num_batches_tracked")
+        }
 
     def _frozen_modules(self) -> Iterator[nn.Module]:
         """The parts of which nothing trains, the input table apart."""
@@ -652,8 +680,7 @@ def _positions(attention_mask: Tensor) -> Tensor:
 
 def _accepts(language_model: nn.Module, argument: str) -> bool:
     """Whether the model, inside any wrapper with adapters, takes an argument."""
-    inner = getattr(language_model, "get_base_model", lambda: language_model)()
-    return argument in inspect.signature(inner.forward).parameters
+    return argument in inspect.signature(base_of(language_model).forward).parameters
 
 
 def _paired(molecules: Any, questions: str | Sequence[str]) -> list[tuple[list[Any], str]]:

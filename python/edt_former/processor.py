@@ -38,7 +38,7 @@ from edt_former.graph import GraphBatch
 from edt_former.graph.batch import OGB
 from edt_former.language.frozen import load_part, write_json
 from edt_former.language.manifest import Manifest
-from edt_former.language.prompt import Message, ask, render
+from edt_former.language.prompt import Message, ask, conversation, render
 from edt_former.tokens import (
     NextAtomPredictor,
     PatchOptions,
@@ -314,33 +314,58 @@ class MoleculeProcessor:
                 the row or molecule and the numbers.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        if padding_side not in (None, "left", "right"):
-            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         prompts = [self._ids(row, add_special_tokens) for row in texts]
-        marks = [ids.count(self.mol_token_id) for ids in prompts]
-        sources = _by_mark(molecules, marks, self.mol_token)
-        read = read_all(sources, selfies=selfies, options=self.patch_options)
-        graph = GraphBatch.pack(read, self.coordinates(read), features=self.features)
-        patches, sizes = self._patches(read, graph)
-
-        rows = _expanded(prompts, self.mol_token_id, sizes)
-        replies = self._replies(texts, answers)
-        self._check_lengths(rows, replies)
         side = padding_side or ("left" if answers is None else "right")
-        full = [row + reply for row, reply in zip(rows, replies, strict=True)]
-        data = {
-            "input_ids": _padded(full, self._pad_id, side),
-            "attention_mask": _padded([[1] * len(row) for row in full], 0, side),
-            "graph": graph,
-            "patches": patches,
-            "molecule_counts": torch.tensor(marks),
-        }
-        if answers is not None:
-            labels = [
-                [IGNORED_LABEL] * len(row) + reply for row, reply in zip(rows, replies, strict=True)
-            ]
-            data["labels"] = _padded(labels, IGNORED_LABEL, side)
-        return ModelInputs(data)
+        if answers is None:
+            return self._inputs(prompts, None, molecules, side=side, selfies=selfies)
+        replies = self._replies(texts, answers)
+        learned = [
+            [False] * len(prompt) + [True] * len(reply)
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
+        full = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
+        return self._inputs(full, learned, molecules, side=side, selfies=selfies)
+
+    def conversations(
+        self,
+        messages: Sequence[Sequence[Message]],
+        molecules: Any = None,
+        *,
+        padding_side: str = "right",
+        truncate: bool = False,
+    ) -> ModelInputs:
+        """Inputs of B conversations, with labels for what the assistant says in each.
+
+        Args:
+            messages: per row, see `edt_former.language.prompt.conversation`.
+            molecules: a list per row; None where there are none.
+            padding_side: "right" or "left".
+            truncate: a row that is longer than `max_length` loses its end, as long as that is text
+                and something is left to learn.
+
+        Raises:
+            ValueError: as `__call__`; a row has nothing to learn; the tokenizer cannot tell where
+                its tokens are in a text.
+
+        Example:
+            >>> import edt_former
+            >>> processor = edt_former.load("qformer_32").processor
+            >>> asked = {"role": "user", "content": "How many rings does it have?"}
+            >>> said = {"role": "assistant", "content": "rings: 1"}
+            >>> inputs = processor.conversations([[asked, said]], [["C1CC1"]])
+            >>> int((inputs["labels"] >= 0).sum())
+            3
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                "conversations need a fast tokenizer, one that knows where its tokens are in the "
+                f"text; {type(self.tokenizer).__name__} is none"
+            )
+        given = [[] for _ in messages] if molecules is None else list(molecules)
+        pairs = zip(messages, given, strict=True)
+        rows = [self._learned_ids(turns, len(inside)) for turns, inside in pairs]
+        ids, learned = [row[0] for row in rows], [row[1] for row in rows]
+        return self._inputs(ids, learned, given, side=padding_side, truncate=truncate)
 
     def token_counts(self, molecules: Sequence[Any]) -> list[int]:
         """How many tokens each molecule takes in a prompt."""
@@ -408,6 +433,35 @@ class MoleculeProcessor:
                 )
         found = {m.smiles: c for m, c in zip(molecules, conformers, strict=True)}
         self._remember(self._conformers, found)
+
+    def keep_patches(
+        self, molecules: Sequence[Molecule], patches: Sequence[Mapping[str, Sequence[int]]]
+    ) -> None:
+        """Patches found elsewhere, remembered as if the processor had found them.
+
+        Args:
+            molecules: each with its SMILES.
+            patches: per molecule and source, the patch id of every atom.
+
+        Raises:
+            ValueError: they are not as many as molecules; one lacks a source that the connector
+                reads, or has not its molecule's atoms.
+        """
+        if len(patches) != len(molecules):
+            raise ValueError(
+                f"patches must be one mapping per molecule, {len(molecules)}, got {len(patches)}"
+            )
+        found = {}
+        for index, (molecule, given) in enumerate(zip(molecules, patches, strict=True)):
+            for source in self.patch_options.sources:
+                if source not in given or len(given[source]) != molecule.num_atoms:
+                    got = f"{len(given[source])}" if source in given else "none"
+                    raise ValueError(
+                        f"the patches of molecule {index} ({molecule.smiles!r}) must have "
+                        f"{molecule.num_atoms} ids by {source!r}, got {got}"
+                    )
+            found[molecule.smiles] = {s: list(given[s]) for s in self.patch_options.sources}
+        self._remember(self._cache, found)
 
     def prompt(self, question: str, *, molecules: int = 1) -> str:
         """The text that asks `question` about that many molecules; see `language.prompt.ask`."""
@@ -532,13 +586,72 @@ class MoleculeProcessor:
             replies.append(ids if eos is None else [*ids, eos])
         return replies
 
-    def _check_lengths(self, rows: list[list[int]], replies: list[list[int]]) -> None:
-        for index, (row, reply) in enumerate(zip(rows, replies, strict=True)):
-            length = len(row) + len(reply)
-            if self.max_length is not None and length > self.max_length:
+    def _learned_ids(
+        self, messages: Sequence[Message], molecules: int
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation, and which of them the model is to say."""
+        text, spans = conversation(
+            self.tokenizer, messages, molecules=molecules, mol_token=self.mol_token
+        )
+        plain = self.tokenizer.chat_template is None
+        read = self.tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True)
+        ids, places = read["input_ids"], read["offset_mapping"]
+        if plain and text.endswith(str(self.tokenizer.eos_token)):
+            # The text has its own; what the tokenizer adds would be a second one.
+            while len(ids) > 1 and ids[-2:] == [self.tokenizer.eos_token_id] * 2:
+                ids, places = ids[:-1], places[:-1]
+        learned = [
+            any(start < stop and first < stop and start < last for first, last in spans)
+            for start, stop in places
+        ]
+        return ids, learned
+
+    def _inputs(
+        self,
+        rows: list[list[int]],
+        learned: list[list[bool]] | None,
+        molecules: Any,
+        *,
+        side: str,
+        selfies: bool = False,
+        truncate: bool = False,
+    ) -> ModelInputs:
+        """Inputs of rows of token ids, with labels where there is something to learn."""
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}")
+        marks = [ids.count(self.mol_token_id) for ids in rows]
+        sources = _by_mark(molecules, marks, self.mol_token)
+        read = read_all(sources, selfies=selfies, options=self.patch_options)
+        graph = GraphBatch.pack(read, self.coordinates(read), features=self.features)
+        patches, sizes = self._patches(read, graph)
+        repeats = _repeats(rows, self.mol_token_id, sizes)
+        full = _repeated(rows, repeats)
+        flags = None if learned is None else _repeated(learned, repeats)
+        if truncate and self.max_length is not None:
+            full = [_cut(ids, self.mol_token_id, self.max_length) for ids in full]
+            flags = [own[: len(ids)] for own, ids in zip(flags, full, strict=True)]
+        self._check_lengths(full)
+        data = {
+            "input_ids": _padded(full, self._pad_id, side),
+            "attention_mask": _padded([[1] * len(row) for row in full], 0, side),
+            "graph": graph,
+            "patches": patches,
+            "molecule_counts": torch.tensor(marks),
+        }
+        if flags is not None:
+            labels = [
+                [token if own else IGNORED_LABEL for token, own in zip(ids, owns, strict=True)]
+                for ids, owns in zip(full, flags, strict=True)
+            ]
+            data["labels"] = _padded(labels, IGNORED_LABEL, side)
+        return ModelInputs(data)
+
+    def _check_lengths(self, rows: list[list[int]]) -> None:
+        for index, row in enumerate(rows):
+            if self.max_length is not None and len(row) > self.max_length:
                 raise ValueError(
-                    f"row {index} is {length} tokens long ({row.count(self.mol_token_id)} of them "
-                    f"molecule tokens), the language model reads at most {self.max_length}"
+                    f"row {index} is {len(row)} tokens long ({row.count(self.mol_token_id)} of "
+                    f"them molecule tokens), the language model reads at most {self.max_length}"
                 )
 
     def _patches(self, molecules: list[Molecule], graph: GraphBatch) -> tuple[PatchSets, list[int]]:
@@ -613,13 +726,22 @@ def _check_marks(where: str, marks: int, molecules: int, mol_token: str) -> None
         )
 
 
-def _expanded(prompts: list[list[int]], mol_token_id: int, sizes: list[int]) -> list[list[int]]:
-    """Prompts in which the n-th mark of all stands as often as `sizes[n]` says."""
+def _repeats(rows: list[list[int]], mol_token_id: int, sizes: list[int]) -> list[list[int]]:
+    """How often every token stands: the n-th mark of all as often as `sizes[n]` says."""
     size = iter(sizes)
+    return [[next(size) if token == mol_token_id else 1 for token in ids] for ids in rows]
+
+
+def _repeated(rows: list[list[Any]], repeats: list[list[int]]) -> list[list[Any]]:
     return [
-        [token for t in ids for token in ([t] * next(size) if t == mol_token_id else [t])]
-        for ids in prompts
+        [item for item, count in zip(row, counts, strict=True) for _ in range(count)]
+        for row, counts in zip(rows, repeats, strict=True)
     ]
+
+
+def _cut(ids: list[int], mol_token_id: int, length: int) -> list[int]:
+    """The first `length` tokens, unless a molecule would lose some: then all."""
+    return ids if mol_token_id in ids[length:] else ids[:length]
 
 
 def _padded(rows: list[list[int]], value: int, side: str) -> Tensor:

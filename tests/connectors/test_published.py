@@ -226,7 +226,8 @@ def test_a_molecule_is_what_the_published_program_makes_of_it_alone(published, m
 def trainable(published):
     """The task of stage 1 over all of the product, and its parameters by their published names."""
     model, graph = connector(published, "both"), encoder(published, "both")
-    task = RepresentationLearning(model, embed_dim=32, begin_id=90, caption_position=96).eval()
+    options = {"embed_dim": 32, "begin_id": 90, "caption_position": 96, "matching": "anchors"}
+    task = RepresentationLearning(model, **options).eval()
     state = {n.removeprefix("Qformer."): x for n, x in published.state.items()}
     heads = {n: state[n] for n in task.state_dict() if not n.startswith("connector.")}
     task.load_state_dict(heads, strict=False)

@@ -339,18 +339,35 @@ def test_gradients_of_first_and_second_order(option):
     assert gradgradcheck(function, tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
-def test_only_the_gradients_that_are_wanted(wanted):
-    tensors, offsets = batch()
-    reference = with_grads(lambda t, o: (ragged_attention(*t, *o),), tensors, offsets)[1:]
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize(
+    "wanted",
+    [w for inputs in (3, 4) for w in itertools.product([False, True], repeat=inputs)],
+    ids=lambda wanted: (
+        "".join(name for name, want in zip(["q", "k", "v", "bias"], wanted, strict=False) if want)
+        + ("-biased" if len(wanted) == 4 else "")
+    ),
+)
+def test_only_the_gradients_that_are_wanted(wanted, dtype):
+    """The same bits as all of them, which the tests of parity hold against fp64."""
+    tensors, offsets = batch(dtype=dtype)
+    if len(wanted) == 4:
+        bias, _ = ragged((pairs(offsets),), len(tensors[0][0]), dtype=dtype, seed=6)
+        tensors = [*tensors, bias]
+
+    def attend(tensors):
+        q, k, v, *bias = tensors
+        return (ragged_attention(q, k, v, *offsets, bias=bias[0] if bias else None),)
+
+    reference = with_grads(attend, tensors)[1:]
     for x, want in zip(tensors, wanted, strict=True):
         x.requires_grad_(want)
-    out = ragged_attention(*tensors, *offsets)
+    (out,) = attend(tensors)
     assert out.requires_grad == any(wanted)
     if not any(wanted):
         return
     weight = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view(out.shape)
-    out.backward(weight)
+    out.backward(weight.to(dtype))
     for x, want, expected in zip(tensors, wanted, reference, strict=True):
         assert torch.equal(x.grad, expected) if want else x.grad is None
 

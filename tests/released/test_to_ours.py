@@ -78,6 +78,7 @@ class TestEncoder:
             "caption_position": 69,
             "temperature": 0.1,
             "label_smoothing": 0.1,
+            "matching": "anchors",
         }
         again = folder.with_name("again")
         task.save_pretrained(again)

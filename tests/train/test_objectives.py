@@ -20,6 +20,7 @@ from edt_former.train.objectives import (
     caption_loss,
     contrast_loss,
     draw_negatives,
+    take_rows,
 )
 from tests.train import published_reference as published
 
@@ -123,19 +124,37 @@ def test_captioning_leaves_the_queries_alone():
     torch.testing.assert_close(hidden.values, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_matching_reads_the_anchors_alone():
-    model, negatives = task(), Negatives(torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1]))
-    features, _, ids, offsets = batch()
-    keys = model.connector.keys(features)
-    loss = model.matching_loss(keys, Rows(ids, offsets), negatives)
+@pytest.mark.parametrize("matching", ["all", "anchors"])
+def test_matching_judges_every_pair_as_if_alone(matching):
+    model = task(matching=matching)
+    negatives = Negatives(torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1]))
+    features, patches, ids, offsets = batch()
+    queries, keys = model.connector.queries(features, patches), model.connector.keys(features)
+    loss = model.matching_loss(queries, keys, Rows(ids, offsets), negatives)
     graphs, texts = [0, 1, 2, 1, 2, 0, 0, 1, 2], [0, 1, 2, 0, 1, 2, 2, 0, 1]
     logits = []
     for g, t in zip(graphs, texts, strict=True):
-        one, _, _, _ = batch((g,))
-        _, _, words, bounds = batch((t,))
-        logits.append(model.matching_logits(model.connector.keys(one), Rows(words, bounds)))
+        one, cuts, _, _ = batch((g,))
+        text = Rows(*batch((t,))[2:])
+        read = (
+            model.connector.anchors()
+            if matching == "anchors"
+            else model.connector.queries(one, cuts).values
+        )
+        keys = model.connector.keys(one)
+        out = model.connector.Qformer(read, torch.tensor([0, len(read)]), *keys, *text)
+        logits.append(model.gtm_head(out.queries).mean(0, keepdim=True))
     expected = F.cross_entropy(torch.cat(logits), torch.tensor([1] * 3 + [0] * 6))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_matching_teaches_dynamic_queries_unless_anchors_alone_match():
+    negatives = Negatives(torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1]))
+    for matching, learns in (("all", True), ("anchors", False)):
+        model = task(matching=matching)
+        model(*batch(), negatives=negatives).matching.backward()
+        gradient = model.connector.local_q_proj.weight.grad
+        assert (gradient is not None and bool(gradient.any())) is learns
 
 
 def test_negatives_are_others_and_follow_the_likeness():
@@ -185,6 +204,8 @@ def test_errors():
         model(*batch((0,)))
     with pytest.raises(ValueError, match="must have a text branch"):
         RepresentationLearning(QFormer(SIZE))
+    with pytest.raises(ValueError, match="matching must be 'all' or 'anchors', got 'some'"):
+        task(matching="some")
 
 
 def oracle(name: str) -> dict[str, torch.Tensor]:
@@ -264,7 +285,7 @@ def test_losses_and_gradients_equal_the_published_ones_edt_stage1_losses(padded)
         {**BERT, "encoder_width": 64, "text_positions": 224, "patches": {"sources": ["brics"]}}
     )
     state = {name: value.detach() for name, value in leaves.items()}
-    model = published_task(state, connector, caption_position=96)
+    model = published_task(state, connector, caption_position=96, matching="anchors")
     mask = record["query_mask"]
     words = record["in.attention_mask"].bool()
     text = Rows(record["in.input_ids"][words], cut(words.sum(1)))
@@ -295,7 +316,7 @@ def test_losses_and_gradients_equal_the_published_ones_edt_stage1_losses(padded)
     pairs = (Rows(torch.cat(x), cut([len(part) for part in x])) for x in (read, said))
     by_anchor = []
     model.gtm_head.register_forward_hook(lambda _, __, out: by_anchor.append(out))
-    close(model.matching_logits(*pairs), record["gtm_logits"])
+    close(model.matching_logits(queries, *pairs), record["gtm_logits"])
     close(by_anchor[0].unflatten(0, (24, 32)), record["gtm_token_logits"])
 
     reference, expected = run(padded_slots=False)
@@ -370,6 +391,6 @@ def test_static_losses_equal_the_published_ones_qformer_molca_q8():
     pairs = (Rows(torch.cat(x), cut([len(part) for part in x])) for x in (read, said))
     by_anchor = []
     model.gtm_head.register_forward_hook(lambda _, __, out: by_anchor.append(out))
-    logits = model.matching_logits(*pairs)
+    logits = model.matching_logits(take_rows(queries, graphs), *pairs)
     close(by_anchor[0].unflatten(0, (24, 8)), record["gtm_token_logits"])
     close(logits[:8, 1], record["compute_gtm_positive_logit"])

@@ -280,21 +280,45 @@ class _ErrorLines(logging.Handler):
 _log_lock = threading.Lock()
 
 
+class _Quiet:
+    """The logs that RDKit had before the first of those who are inside came in."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.levels: list[list[str]] = []
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.levels = [line.split(":") for line in rdBase.LogStatus().splitlines()]
+                for name, _ in self.levels:
+                    rdBase.DisableLog(name)
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                for name, state in self.levels:
+                    (rdBase.EnableLog if state == "enabled" else rdBase.DisableLog)(name)
+
+
+_logs = _Quiet()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """RDKit logs nothing inside, and what it logged before again afterwards.
 
     `rdBase.BlockLogs` forgets what it blocked when the log is led elsewhere inside, as
-    `_parse_error` does.
+    `_parse_error` does. To go in and out costs as much as to read a small molecule, so loops over
+    many are inside as a whole: within another `quiet` it costs nothing.
     """
-    levels = [line.split(":") for line in rdBase.LogStatus().splitlines()]
-    for name, _ in levels:
-        rdBase.DisableLog(name)
+    _logs.enter()
     try:
         yield
     finally:
-        for name, state in levels:
-            (rdBase.EnableLog if state == "enabled" else rdBase.DisableLog)(name)
+        _logs.leave()
 
 
 def _parse_error(smiles: str) -> str:

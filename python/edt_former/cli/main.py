@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-COMMANDS = ("convert", "demo", "describe", "doctor", "patch", "profile", "train")
+COMMANDS = (
+    *("convert", "demo", "describe", "doctor", "eval", "inspect", "patch", "prepare", "profile"),
+    "train",
+)
 MENDABLE = (ValueError, TypeError, OSError, EOFError, RuntimeError, ImportError, csv.Error)
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment in which transformers, imported later, loads models without a word."""

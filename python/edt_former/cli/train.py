@@ -3,7 +3,43 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from pathlib import Path
+
+STAGES = {
+    "language": (
+        "a small causal language model",
+        "Train a small causal language model on the texts of prepared data, where there is none at "
+        "hand.",
+    ),
+    "stage1": (
+        "graphs and texts",
+        "The first stage: a connector learns to read molecules by their texts, through contrast, "
+        "matching and captioning.",
+    ),
+    "stage2": (
+        "instructions, the language model frozen",
+        "The second stage: a frozen language model learns to read the connector's tokens in "
+        "conversations.",
+    ),
+    "finetune": (
+        "a trained model, with adapters or a property head",
+        "Fine-tune a model of the second stage: LoRA on its language model, or a head on its "
+        "connector's tokens that predicts properties.",
+    ),
+}
+RUNS = {
+    "language": ("language", "train_language_model", "LanguageConfig"),
+    "stage1": ("stage1", "train_stage1", "Stage1Config"),
+    "stage2": ("stage2", "train_stage2", "Stage2Config"),
+    "finetune": ("finetune", "finetune", "FinetuneConfig"),
+}
+"""By stage, the module and function that run it, and what it is told."""
+
+RESUMES = (
+    "A run that was stopped, in whatever way, goes on by the same command. Several processes: "
+    "torchrun --nproc-per-node N -m edt_former.cli.main train ..."
+)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -12,9 +48,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train models",
         description="Train models from data that you have.",
-        epilog="example: edt train tiny --data smiles_corpora --out runs/tiny",
+        epilog="example: edt train stage1 --config recipe.yaml",
     )
     recipes = parser.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
+    for name, (short, long) in STAGES.items():
+        _add_stage(recipes, name, short, long)
     tiny = recipes.add_parser(
         "tiny",
         help="the small models that ship with the package",
@@ -35,8 +73,45 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def _add_stage(
+    recipes: argparse._SubParsersAction, name: str, short: str, description: str
+) -> None:
+    parser = recipes.add_parser(
+        name,
+        help=short,
+        description=f"{description} {RESUMES}",
+        epilog=f"example: edt train {name} --config recipe.yaml",
+    )
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="YAML or JSON, checked by key"
+    )
+    parser.add_argument("--out", metavar="DIR", help="the folder of the run, instead of `out`")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="instead of a value of the file, as training.steps=100; may be repeated",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the recipe."""
+    return _run_tiny(args) if args.recipe == "tiny" else _run_stage(args)
+
+
+def _run_stage(args: argparse.Namespace) -> int:
+    from edt_former.train.config import read_config
+
+    module, function, kind = RUNS[args.recipe]
+    configs = import_module("edt_former.train.config")
+    overrides = [*args.set, *([f"out={args.out}"] if args.out else [])]
+    config = read_config(getattr(configs, kind), args.config, overrides)
+    print(getattr(import_module(f"edt_former.train.{module}"), function)(config))
+    return 0
+
+
+def _run_tiny(args: argparse.Namespace) -> int:
     from edt_former.tasks.questions import FACTS
     from edt_former.train.tiny.data import SELF_SUPERVISED
     from edt_former.train.tiny.encoder import SPATIALLY_SUPERVISED

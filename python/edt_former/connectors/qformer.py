@@ -157,6 +157,10 @@ class _Embeddings(nn.Module):
 
 
 class _Layer(nn.Module):
+    """A layer; with `gradient_checkpointing` its backward computes it again, as transformers'."""
+
+    gradient_checkpointing = False
+
     def __init__(
         self, width: int, heads: int, ffn: int, key_width: int | None, dropout: float, text: bool
     ) -> None:
@@ -172,6 +176,13 @@ class _Layer(nn.Module):
             self.output = _Output(ffn, width, dropout)
 
     def forward(
+        self, x: Rows, text: Rows | None, graph: Rows, causal: bool
+    ) -> tuple[Rows, Rows | None]:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(self._layer, x, text, graph, causal)
+        return self._layer(x, text, graph, causal)
+
+    def _layer(
         self, x: Rows, text: Rows | None, graph: Rows, causal: bool
     ) -> tuple[Rows, Rows | None]:
         seen = text is not None and not causal

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from edt_former.language.adapters import base_of, plain_state
 from edt_former.weights import WEIGHTS
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ def content_hash(tensors: Iterable[tuple[str, Tensor]], *, without: Collection[s
 
 
 def module_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors of a module as a checkpoint holds them: what is tied comes once."""
-    state = module.state_dict()
-    tied = getattr(module, "all_tied_weights_keys", {})
+    """The named tensors of a module as a checkpoint holds them: what is tied comes once, and what
+    belongs to an adapter not at all."""
+    state = plain_state(module.state_dict())
+    tied = getattr(base_of(module), "all_tied_weights_keys", {})
     for name, tensor in state.items():
         source = state.get(tied.get(name))
         if source is None or source.data_ptr() != tensor.data_ptr():
@@ -172,6 +174,15 @@ def write_weights(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype 
         for name, tensor in weights.items()
     }
     save_file(cast, file, metadata={"format": "pt"})
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

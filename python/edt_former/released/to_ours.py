@@ -248,6 +248,7 @@ def _heads(tree: Tree[StoredTensor], connector: _Part) -> _Part:
         "embed_dim": 512 if projection is None else projection.shape[0],
         "begin_id": config["text_vocab_size"] - 1,
         "caption_position": config["num_queries"] + config["max_dynamic"],
+        "matching": "anchors",
     }
     return _part(tree, HEADS, weights, partial(new_heads, config), task)
 

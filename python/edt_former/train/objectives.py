@@ -21,17 +21,18 @@ from edt_former.language.frozen import (
     load_part,
     load_strictly,
     read_weights,
-    save_part,
     write_json,
     write_weights,
 )
 from edt_former.tokens.rows import molecule_of_rows
+from edt_former.train.ranks import gather_rows, global_share, rank
 from edt_kernels import Patches, offsets_from_lengths
 
 if TYPE_CHECKING:
     from typing import Self
 
 CONNECTOR, HEADS = "connector", "heads"
+MATCHING = ("all", "anchors")
 LEAST_NEGATIVE_WEIGHT = 1e-4
 
 
@@ -59,14 +60,18 @@ class RepresentationLearning(nn.Module):
     """Losses that teach a Q-Former to read molecules by their texts (arXiv:2301.12597).
 
     * contrast: s(g, t) = max over the queries of g of cos(graph_proj(query), text_proj(first word
-      of t)); cross-entropy of s / temperature over the batch, both ways, halved;
-    * matching: does a text belong to a graph? The anchors read graph and text together; both
-      logits are means over the anchors. Pairs are every (g, t), (another g, t), (g, another t);
+      of t)); cross-entropy of s / temperature over the batch, both ways, halved. The batch is that
+      of all ranks together;
+    * matching: does a text belong to a graph? The queries read graph and text together; both
+      logits are means over the queries. Pairs are every (g, t), (another g, t), (g, another t) of
+      a rank;
     * captioning: -log p of every next word, which sees all queries of its graph and the words so
       far, with label smoothing.
 
     Everything is ragged: only queries and words that exist take part, so the losses of a batch do
-    not depend on padding. Parameter names of the heads are the published ones.
+    not depend on padding, and a padded query cannot be the best one. The mean over ranks of a loss
+    and of its gradients is that of one batch of them all, however many molecules each rank has.
+    Parameter names of the heads are the published ones.
 
     Args:
         connector: with a text branch (`text_vocab_size`).
@@ -76,9 +81,11 @@ class RepresentationLearning(nn.Module):
             96 queries before it, MolCA none.
         temperature: of the contrast.
         label_smoothing: of captioning.
+        matching: which queries match, "all" or the learned "anchors" alone, as the released
+            EDT-Former has it: its dynamic queries learn from the other two losses only.
 
     Raises:
-        ValueError: the connector has no text branch.
+        ValueError: the connector has no text branch; an unknown way of matching.
 
     Example:
         >>> from edt_former.graph import GraphFeatures
@@ -100,8 +107,12 @@ class RepresentationLearning(nn.Module):
         caption_position: int = 0,
         temperature: float = 0.1,
         label_smoothing: float = 0.1,
+        matching: str = "all",
     ) -> None:
         super().__init__()
+        if matching not in MATCHING:
+            known = " or ".join(map(repr, MATCHING))
+            raise ValueError(f"matching must be {known}, got {matching!r}")
         words = connector.Qformer.bert.embeddings.word_embeddings
         if words is None:
             raise ValueError("connector must have a text branch (text_vocab_size), it has none")
@@ -118,23 +129,36 @@ class RepresentationLearning(nn.Module):
             "caption_position": caption_position,
             "temperature": temperature,
             "label_smoothing": label_smoothing,
+            "matching": matching,
         }
+        self.matching = matching
         self.begin_id, self.caption_position = begin_id, caption_position
         self.temperature, self.label_smoothing = temperature, label_smoothing
 
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Writes the connector to `connector/`, and the heads with their options to `heads/`.
 
         Args:
             folder: gets both.
             dtype: of floating-point weights on disk, None keeps them.
+            state_dict: used instead of the task's own.
         """
-        heads = Path(folder, HEADS)
-        heads.mkdir(parents=True, exist_ok=True)
-        save_part(self.connector, Path(folder, CONNECTOR), dtype=dtype)
-        write_json(heads / CONFIG, self.config)
-        state = {n: x for n, x in self.state_dict().items() if not n.startswith(f"{CONNECTOR}.")}
-        write_weights(heads / WEIGHTS, state, dtype)
+        state = self.state_dict() if state_dict is None else state_dict
+        inside = {n: x for n, x in state.items() if n.startswith(f"{CONNECTOR}.")}
+        heads = {n: x for n, x in state.items() if n not in inside}
+        inside = {n.removeprefix(f"{CONNECTOR}."): x for n, x in inside.items()}
+        configs = {CONNECTOR: self.connector.config, HEADS: self.config}
+        for name, weights in {CONNECTOR: inside, HEADS: heads}.items():
+            part = Path(folder, name)
+            part.mkdir(parents=True, exist_ok=True)
+            write_json(part / CONFIG, configs[name])
+            write_weights(part / WEIGHTS, weights, dtype)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Self:
@@ -206,13 +230,14 @@ class RepresentationLearning(nn.Module):
                 f"{molecules} molecules"
             )
         graph, logits = self.caption(queries, keys, text)
-        similarity = self.similarities(self.graph_features(graph), self.text_features(text))
+        contrast, similarity = self.contrast(self.graph_features(graph), self.text_features(text))
         if negatives is None:
             negatives = draw_negatives(similarity, generator)
+        words = len(text.values) - texts
         return RepresentationLosses(
-            contrast=contrast_loss(similarity),
-            matching=self.matching_loss(keys, text, negatives),
-            captioning=caption_loss(logits, text, self.label_smoothing),
+            contrast=contrast,
+            matching=self.matching_loss(queries, keys, text, negatives) * global_share(texts),
+            captioning=caption_loss(logits, text, self.label_smoothing) * global_share(words),
         )
 
     def caption(self, queries: Rows, keys: Rows, text: Rows) -> tuple[Rows, Tensor]:
@@ -244,26 +269,40 @@ class RepresentationLearning(nn.Module):
         out = transformer(nothing(0, width), none, nothing(0, key_width), none, *text)
         return F.normalize(self.text_proj(out.text[text.offsets[:-1]]), dim=-1)
 
+    def contrast(self, graph: Rows, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of unit vectors of queries and texts, and the similarities [B, B] of a rank."""
+        texts, counts = gather_rows(text)
+        queries, _ = gather_rows(graph.values)
+        lengths, _ = gather_rows(graph.offsets.diff())
+        every = Rows(queries, offsets_from_lengths(lengths))
+        first, here = int(counts[: rank()].sum()), len(text)
+        by_graph, by_text = self.similarities(graph, texts), self.similarities(every, text).T
+        loss = contrast_loss(by_graph, by_text, first) * global_share(here)
+        return loss, by_graph[:, first : first + here]
+
     def similarities(self, graph: Rows, text: Tensor) -> Tensor:
         """s(g_i, t_j) / temperature [B, B] of graphs i and texts j."""
         every = graph.values @ text.T / self.temperature
         return edt_kernels.segment_pool(every, graph.offsets, reduce="max")
 
-    def matching_logits(self, keys: Rows, text: Rows) -> Tensor:
-        """Logits [P, 2] of "no" and "yes" for pairs of a graph and a text."""
-        pairs = len(text.offsets) - 1
-        anchors = self.connector.anchors().expand(pairs, -1, -1)
-        count = anchors.shape[1]
-        offsets = count * torch.arange(pairs + 1, device=text.offsets.device)
-        out = self.connector.Qformer(anchors.flatten(0, 1), offsets, *keys, *text)
-        return self.gtm_head(out.queries).unflatten(0, (pairs, count)).mean(1)
+    def matching_logits(self, queries: Rows, keys: Rows, text: Rows) -> Tensor:
+        """Logits [P, 2] of "no" and "yes" for P pairs of a graph, by its queries and keys, and a
+        text."""
+        if self.matching == "anchors":
+            anchors = self.connector.anchors()
+            every = len(anchors) * torch.arange(len(text.offsets), device=text.offsets.device)
+            queries = Rows(anchors.repeat(len(text.offsets) - 1, 1), every)
+        out = self.connector.Qformer(*queries, *keys, *text)
+        return edt_kernels.segment_pool(self.gtm_head(out.queries), queries.offsets)
 
-    def matching_loss(self, keys: Rows, text: Rows, negatives: Negatives) -> Tensor:
+    def matching_loss(self, queries: Rows, keys: Rows, text: Rows, negatives: Negatives) -> Tensor:
         """Cross-entropy over (g, t), (another g, t), (g, another t), B each."""
         own = torch.arange(len(text.offsets) - 1, device=text.offsets.device)
+        graphs = torch.cat([own, negatives.graphs, own])
         logits = self.matching_logits(
-            _take(keys, torch.cat([own, negatives.graphs, own])),
-            _take(text, torch.cat([own, own, negatives.texts])),
+            take_rows(queries, graphs),
+            take_rows(keys, graphs),
+            take_rows(text, torch.cat([own, own, negatives.texts])),
         )
         belongs = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         belongs[: len(own)] = 1
@@ -285,15 +324,22 @@ class _WordHead(nn.Module):
         return F.linear(h, words, self.bias)
 
 
-def contrast_loss(similarity: Tensor) -> Tensor:
-    """(CE over rows + CE over columns) / 2 of logits [B, B] whose diagonal belongs together.
+def contrast_loss(by_graph: Tensor, by_text: Tensor | None = None, first: int = 0) -> Tensor:
+    """Half the cross-entropy of every graph's text plus half that of every text's graph.
+
+    Args:
+        by_graph: logits [B, T] of B graphs and all T texts, of which the first graph's own is the
+            one at `first`, the next one's that behind it.
+        by_text: logits [B, T] of B texts and all T graphs; None: the transpose of `by_graph`.
+        first: where the graphs and texts of this batch stand among all.
 
     Example:
         >>> round(contrast_loss(torch.zeros(4, 4)).exp().item(), 4)
         4.0
     """
-    own = torch.arange(len(similarity), device=similarity.device)
-    return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+    by_text = by_graph.T if by_text is None else by_text
+    own = torch.arange(first, first + len(by_graph), device=by_graph.device)
+    return (F.cross_entropy(by_graph, own) + F.cross_entropy(by_text, own)) / 2
 
 
 def caption_loss(logits: Tensor, text: Rows, label_smoothing: float = 0.1) -> Tensor:
@@ -324,9 +370,11 @@ def draw_negatives(similarity: Tensor, generator: torch.Generator | None = None)
         >>> draw_negatives(torch.zeros(2, 2))
         Negatives(graphs=tensor([1, 0]), texts=tensor([1, 0]))
     """
+    # Where a weight has become NaN the loss is to say so, not the draw.
+    finite = similarity.float().nan_to_num()
     graphs, texts = (
-        (logits.float().softmax(1) + LEAST_NEGATIVE_WEIGHT).fill_diagonal_(0)
-        for logits in (similarity.T, similarity)
+        (logits.softmax(1) + LEAST_NEGATIVE_WEIGHT).fill_diagonal_(0)
+        for logits in (finite.T, finite)
     )
     return Negatives(
         torch.multinomial(graphs, 1, generator=generator).flatten(),
@@ -334,7 +382,7 @@ def draw_negatives(similarity: Tensor, generator: torch.Generator | None = None)
     )
 
 
-def _take(rows: Rows, molecules: Tensor) -> Rows:
+def take_rows(rows: Rows, molecules: Tensor) -> Rows:
     """The rows of `molecules`, in that order."""
     offsets = offsets_from_lengths(rows.offsets.diff()[molecules])
     total = int(offsets[-1])

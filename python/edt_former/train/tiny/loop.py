@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import trange
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+from edt_former.train.memory import keep_memory
 
 Loss = Callable[[np.random.Generator], tuple[Tensor, dict[str, float]]]
 
@@ -48,7 +46,7 @@ def fit(
     Raises:
         ValueError: the checkpoint is of another model, or of a longer run.
     """
-    _keep_memory()
+    keep_memory()
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() > 1]
     rest = [p for p in parameters if p.dim() <= 1]
@@ -78,17 +76,6 @@ def fit(
             bar.set_postfix({name: f"{figure:.3f}" for name, figure in shown.items()})
         if (step + 1) % save_every == 0 or step + 1 == steps:
             _save(checkpoint, model, optimizer, step + 1)
-
-
-@cache
-def _keep_memory() -> None:
-    """Let glibc reuse large buffers: given back to the system, every step pays their page faults,
-    a third to two thirds of its time at these sizes."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_TOP_PAD, 1 << 28)
 
 
 def _schedule(progress: float, warmup: float) -> float:

@@ -1,0 +1,122 @@
+"""Tables and JSON lines in the layouts in which they are published."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from edt_former.data import Columns, read_rows
+
+
+def write(path: Path, text: str) -> Path:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+def test_a_table_with_tabs_keeps_quotes_and_halves_backslashes(tmp_path):
+    text = 'CID\tSMILES\tdescription\n1\tC/C=C\\\\C\t"E" and "Z\n\n2\tCC\tethane\n'
+    first, second = read_rows(write(tmp_path / "a.txt", text))
+    assert (first.id, first.molecules, first.text) == ("1", ("C/C=C\\C",), '"E" and "Z')
+    assert (second.number, second.molecules) == (1, ("CC",))
+
+
+def test_a_table_with_commas_is_quoted(tmp_path):
+    text = 'smiles,caption\nCC,"a, b"\n'
+    (row,) = read_rows(write(tmp_path / "a.csv.gz", text))
+    assert row.molecules == ("CC",) and row.text == "a, b"
+
+
+def test_columns_by_name_and_targets_with_gaps(tmp_path):
+    path = write(tmp_path / "a.csv", "Drug_ID,Drug,Y,note\na,CC,1.5,x\nb,CO,,y\nc,CN,many,z\n")
+    rows = list(read_rows(path, Columns(text="note", targets=("Y",))))
+    assert [row.targets for row in rows] == [(1.5,), (None,), ()]
+    assert [row.id for row in rows] == ["a", "b", "c"] and rows[0].text == "x"
+    assert rows[2].reason == "Y is no number: 'many'"
+
+
+def test_a_row_with_other_cells_is_kept_with_the_reason(tmp_path):
+    rows = list(read_rows(write(tmp_path / "a.tsv", "smiles\ttext\nCC\nCO\tfine\n")))
+    assert rows[0].reason == "1 cells, the header has 2"
+    assert rows[1].reason == "" and rows[1].number == 1
+
+
+def test_lines_of_smiles(tmp_path):
+    rows = list(read_rows(write(tmp_path / "a.smi", "CC ethane\n\nCO\tmethanol\n")))
+    assert [(row.molecules, row.id) for row in rows] == [(("CC",), "ethane"), (("CO",), "methanol")]
+
+
+TURNS = (("user", "What is <mol>?"), ("assistant", "An alcohol."))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": role, "content": said} for role, said in TURNS]},
+        {"conversations": [{"user": "What is <mol>?", "assistant": "An alcohol."}]},
+        {"conversations": json.dumps([{"user": "What is <mol>?", "assistant": "An alcohol."}])},
+        {
+            "conversations": [
+                {"from": "human", "value": "What is <mol>?"},
+                {"from": "gpt", "value": "An alcohol."},
+            ]
+        },
+    ],
+    ids=["messages", "pairs", "JSON in a string", "from and value"],
+)
+def test_conversations_in_every_layout(tmp_path, record):
+    record = {"cid": 7, "smiles": "CCO", "graph_data": {"unimol": []}, **record}
+    (row,) = read_rows(write(tmp_path / "a.jsonl", json.dumps(record)))
+    assert (row.id, row.molecules, row.turns) == ("7", ("CCO",), TURNS)
+
+
+def test_a_system_stands_first_and_molecules_may_be_many(tmp_path):
+    record = {
+        "smiles": ["CCO", "C"],
+        "system": "Be brief.",
+        "conversations": [{"user": "Compare <mol> and <mol>.", "assistant": "No."}],
+    }
+    (row,) = read_rows(write(tmp_path / "a.jsonl", json.dumps(record)))
+    assert row.molecules == ("CCO", "C") and row.turns[0] == ("system", "Be brief.")
+
+
+def test_the_pretraining_layout(tmp_path):
+    record = {"cid": "3", "iupac_name": "ethanol", "smiles": "CCO", "brics_gids": [0, 0, 0]}
+    (row,) = read_rows(write(tmp_path / "a.json", json.dumps([record])))
+    assert row.text == "ethanol" and row.turns is None
+
+
+def test_lines_that_are_no_json_are_kept_with_the_reason(tmp_path):
+    text = '{"smiles": "CC"}\n{broken\n[1]\n{"conversations": [{"user": "a"}]}\n'
+    rows = list(read_rows(write(tmp_path / "a.jsonl", text)))
+    assert [bool(row.reason) for row in rows] == [False, True, True, True]
+    assert rows[2].reason == "cannot be read: must be an object, got list"
+    assert rows[3].reason == "cannot be read: 'assistant' is missing"
+
+
+def test_instructions_know_molecules_from_text():
+    if "EDT_SHARED" not in os.environ:
+        pytest.skip("EDT_SHARED (folder of public data) is not set")
+    path = Path(os.environ["EDT_SHARED"], "data/mol_instructions/readme_examples.json")
+    rows = list(read_rows(path))
+    assert [len(row.molecules) for row in rows] == [1, 0, 2, 1, 3, 1]
+    assert all(m.startswith("selfies:[") for row in rows for m in row.molecules)
+    asked = [row.turns[0][1] for row in rows]
+    assert asked[0].endswith("\n<mol>") and "primary arylamine" in asked[1]
+    assert asked[4].endswith("\n<mol>.<mol>>><mol>")
+    assert rows[5].turns[1] == ("assistant", "-0.2482")
+
+
+def test_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_rows(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match=r"must end in one of \.smi, "):
+        read_rows(write(tmp_path / "a.xlsx", ""))
+    with pytest.raises(ValueError, match="has no SMILES column; its columns are a, b"):
+        read_rows(write(tmp_path / "a.csv", "a,b\n"))
+    with pytest.raises(ValueError, match="has no column 'y'"):
+        read_rows(write(tmp_path / "b.csv", "smiles,b\n"), Columns(targets=("y",)))
