@@ -26,6 +26,7 @@ from bench.gpu import (
     connector,
     few,
     graphs,
+    kernels,
     machine,
     memory_bound,
     summary,
@@ -35,12 +36,13 @@ from bench.gpu.run import CRASHED, Run
 
 SECTIONS = {
     "machine": (machine.run, 15),
-    "checks": (checks.run, 150),
+    "kernels": (kernels.run, 75),
+    "checks": (checks.run, 100),
     "graphs": (graphs.run, 40),
-    "attention": (attention.run, 100),
+    "attention": (attention.run, 90),
     "memory_bound": (memory_bound.run, 65),
-    "connector": (connector.run, 50),
-    "few": (few.run, 35),
+    "connector": (connector.run, 45),
+    "few": (few.run, 30),
     "bulk": (bulk.run, 20),
     "compiling": (compiling.run, 60),
 }

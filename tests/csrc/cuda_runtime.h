@@ -69,6 +69,9 @@ void wait_for_block();
 // Of the block that runs.
 unsigned char* shared_memory();
 
+// The launch fails where an address is no multiple of 16 bytes.
+void must_be_aligned(const void* address, const char* what);
+
 // Copies at the next wait_for_copies of this thread; `bytes` of 16, then zeros.
 void copy_later(void* to, const void* from, int bytes);
 void copy_now();

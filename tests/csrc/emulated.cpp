@@ -151,9 +151,14 @@ void wait_for_block() {
 
 unsigned char* shared_memory() { return shared->data(); }
 
+void must_be_aligned(const void* address, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % 16)
+    fail(std::string(what) + " is not aligned to 16 bytes");
+}
+
 void copy_later(void* to, const void* from, int bytes) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
-    fail("an asynchronous copy of 16 bytes is not aligned to them");
+  must_be_aligned(to, "the target of an asynchronous copy");
+  must_be_aligned(from, "the source of an asynchronous copy");
   if (bytes < 0 || bytes > 16)
     fail("an asynchronous copy of 16 bytes has " + std::to_string(bytes));
   block->threads[block->running].copies.push_back({to, from, bytes});
