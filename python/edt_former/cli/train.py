@@ -102,12 +102,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_stage(args: argparse.Namespace) -> int:
     from edt_former.train.config import read_config
+    from edt_former.train.ranks import end_processes
 
     module, function, kind = RUNS[args.recipe]
     configs = import_module("edt_former.train.config")
     overrides = [*args.set, *([f"out={args.out}"] if args.out else [])]
     config = read_config(getattr(configs, kind), args.config, overrides)
-    print(getattr(import_module(f"edt_former.train.{module}"), function)(config))
+    made = getattr(import_module(f"edt_former.train.{module}"), function)(config)
+    if end_processes() == 0:
+        print(made)
     return 0
 
 
