@@ -160,15 +160,18 @@ def test_a_crash_costs_the_item_that_crashed(run, section):
         pytest.param([CRASHED] * 9, script.MOST_CRASHES, script.MOST_CRASHES, id="only crashes"),
     ],
 )
-def test_another_process_goes_on_after_a_crash(monkeypatch, statuses, crashes, started):
+def test_another_process_goes_on_after_a_crash(monkeypatch, tmp_path, statuses, crashes, started):
     left = list(statuses)
 
-    def start(command):
-        return subprocess.CompletedProcess(command, left.pop(0))
-
-    monkeypatch.setattr(script.subprocess, "run", start)
-    assert script.work_in_processes([]) == crashes
+    monkeypatch.setattr(script, "one_process", lambda command, folder: left.pop(0))
+    assert script.work_in_processes([], tmp_path) == crashes
     assert len(statuses) - len(left) == started
+
+
+def test_a_process_that_says_nothing_is_ended(tmp_path):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
+    assert script.one_process(sleeps, tmp_path, stalled=2) < 0
+    assert script.one_process([sys.executable, "-c", "raise SystemExit(3)"], tmp_path) == 3
 
 
 def square(x):

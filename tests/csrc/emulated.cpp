@@ -173,9 +173,10 @@ void copy_now() {
   copies.clear();
 }
 
+int most_shared = 163 << 10;  // of sm_80
+
 cudaError_t allow(const void* kernel, int bytes) {
-  constexpr int kMost = 163 << 10;  // of sm_80
-  if (bytes > kMost) return cudaErrorInvalidValue;
+  if (bytes > most_shared) return cudaErrorInvalidValue;
   allowed[kernel] = bytes;
   return cudaSuccess;
 }
@@ -206,6 +207,11 @@ extern "C" {
 // Which thread runs next is drawn from here.
 __attribute__((visibility("default"))) void edt_emulated_order(uint32_t seed) {
   emulated::chance.seed(seed);
+}
+
+// Bytes of shared memory that a block can have.
+__attribute__((visibility("default"))) void edt_emulated_shared(int bytes) {
+  emulated::most_shared = bytes;
 }
 
 // Why the last launch failed.
