@@ -12,6 +12,7 @@ Tiles are [BLOCK_M queries, BLOCK_N keys]; rows, columns and pairs outside a mol
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from edt_kernels.reference.entropy import accumulation_dtype
-from edt_kernels.triton.launch import launch
+from edt_kernels.triton.launch import Configuration, launch
 from edt_kernels.triton.primitives import accumulator, dense, tail_programs
 
 
@@ -792,3 +793,21 @@ def _options(
         "num_warps": tiles.warps,
         "num_stages": 1,
     }
+
+
+def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
+    """The heads of a Q-Former; causal; and a bias with dropout, whose scores are returned."""
+    offsets = torch.zeros(2, dtype=torch.int64, device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    q = torch.zeros(16, 12, 64, dtype=dtype, device=device)
+    lse = torch.zeros(16, 12, dtype=accumulation_dtype(dtype), device=device)
+    for causal in (False, True):
+        name, call = f"12x64{'-causal' * causal}", (q, q, q)
+        yield Configuration(name, ragged_attention, (*call, offsets, offsets, causal, None))
+        call = (q, None, *call, lse, offsets, offsets, causal, None)
+        yield Configuration(name, ragged_attention_bwd, call)
+    pairs = q[:, :, 0].contiguous()
+    call = (q, q, q, pairs, seed, offsets, offsets, False, None, 0.1)
+    yield Configuration("12x64-pairs", ragged_attention_general, (*call, True))
+    call = (q, lse, pairs, q, q, q, pairs, seed, lse, offsets, offsets, False, None, 0.1)
+    yield Configuration("12x64-pairs", ragged_attention_general_bwd, call)
