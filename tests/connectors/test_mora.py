@@ -215,3 +215,16 @@ def test_no_token_enters_the_prompt():
 def test_options_are_checked(options, match):
     with pytest.raises(ValueError, match=match):
         mora(**options)
+
+
+def test_every_molecule_of_a_batch_gets_what_it_gets_alone_as_recorded_in_mora(recorded):
+    """The published program mixes the molecules of a batch; alone it gives these."""
+    tensors = recorded("mora")
+    weights = below("llama.gen.", tensors)
+    told = record()["cases"]["qkvom_sep_skip4_alpha8"]["kw"]
+    model = published(weights, {**told, "skip_layers": 2})
+    nodes, counts = tensors["enc.nodes"], torch.bincount(tensors["enc.in.batch"])
+    adapters = model(GraphFeatures(nodes, offsets_from_lengths(counts)), {})
+    for molecule in range(3):
+        alone = tensors[f"enc.single{molecule}.layer1.q.A"]
+        assert_close(adapters.a["q"][0, molecule], alone[0], rtol=0, atol=1e-4)
