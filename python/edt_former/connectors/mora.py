@@ -223,7 +223,7 @@ class WeightGenerator(nn.Module):
         offsets = every(keys.offsets, self.queries.shape[1])
         for decoder in self.decoders:
             x = decoder(x, offsets, keys)
-        hidden = self.norm(x).unflatten(0, (molecules, -1)).transpose(0, 1)
+        hidden = self.norm(x).unflatten(0, (molecules, self.queries.shape[1])).transpose(0, 1)
         parts = hidden.split(self.count)
         return {
             kind: self._matrices(kind, part) for kind, part in zip(self.kinds, parts, strict=True)
@@ -236,7 +236,7 @@ class WeightGenerator(nn.Module):
             return self.weights_head[str(d_in)](hidden).unflatten(-1, (d_in, self.rank))
         small = self.weights_head(hidden).unflatten(-1, (self.rank, self.factors))
         rows = small.flatten(1, 2) @ self.basis[kind].to(small.dtype).mT
-        return rows.unflatten(1, (-1, self.rank)).mT.contiguous()
+        return rows.unflatten(1, (hidden.shape[1], self.rank)).mT.contiguous()
 
 
 class _Decoder(nn.Module):

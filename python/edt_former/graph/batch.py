@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -85,6 +87,64 @@ class GraphBatch:
             *(None if x is None else x.to(device, non_blocking=non_blocking) for x in tensors)
         )
 
+    def take(self, molecules: Sequence[int]) -> GraphBatch:
+        """Some of the molecules, in that order.
+
+        >>> from edt_former.chem import read_molecules
+        >>> one, two = read_molecules(["CO", "c1cc[nH]c1"])
+        >>> taken = GraphBatch.pack([one, two, one]).take([1])
+        >>> taken.offsets.tolist(), taken.bond_index.max().item()
+        ([0, 5], 4)
+        """
+        bounds, ends = self.offsets.tolist(), self.bond_offsets.tolist()
+        spans = [(bounds[m], bounds[m + 1]) for m in molecules]
+        device = self.offsets.device
+        atoms = _ranges(spans, device)
+        bonds = _ranges([(ends[start], ends[stop]) for start, stop in spans], device)
+        sizes = torch.tensor([stop - start for start, stop in spans], dtype=torch.int64)
+        offsets = offsets_from_lengths(sizes.to(device))
+        moved = offsets[:-1] - torch.tensor([start for start, _ in spans], device=device)
+        moved = moved.repeat_interleave(offsets.diff(), output_size=len(atoms))
+        lengths = self.bond_offsets.diff()[atoms]
+        shift = moved.repeat_interleave(lengths, output_size=len(bonds))
+        return GraphBatch(
+            atom_features=self.atom_features[atoms],
+            bond_index=self.bond_index[:, bonds] + shift,
+            bond_features=self.bond_features[bonds],
+            bond_offsets=offsets_from_lengths(lengths),
+            offsets=offsets,
+            elements=self.elements[atoms],
+            coordinates=None if self.coordinates is None else self.coordinates[atoms],
+        )
+
+    def keys(self) -> list[bytes]:
+        """A digest of every molecule: equal where all its arrays are, wherever it stands.
+
+        Molecules in the order of their canonical SMILES have equal digests when they are the same.
+
+        >>> from edt_former.chem import read_molecules
+        >>> a, b, c = GraphBatch.pack(read_molecules(["CCO", "CCN", "OCC"])).keys()
+        >>> a == c, a == b
+        (True, False)
+        """
+        here = self.to("cpu")
+        ends, found = here.bond_offsets.tolist(), []
+        for start, stop in pairwise(here.offsets.tolist()):
+            bonds = slice(ends[start], ends[stop])
+            arrays = [
+                here.atom_features[start:stop],
+                here.bond_index[:, bonds] - start,
+                here.bond_features[bonds],
+            ]
+            if here.coordinates is not None:
+                arrays.append(here.coordinates[start:stop])
+            digest = hashlib.blake2b(digest_size=16)
+            for array in arrays:
+                digest.update(repr(tuple(array.shape)).encode())
+                digest.update(array.contiguous().numpy())
+            found.append(digest.digest())
+        return found
+
     @classmethod
     def pack(
         cls,
@@ -135,6 +195,12 @@ class GraphBatch:
             elements=_cat([m.elements for m in molecules]),
             coordinates=positions,
         )
+
+
+def _ranges(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """The indices start, ..., stop - 1 of every span, one after the other."""
+    parts = [torch.arange(*span, device=device) for span in spans]
+    return torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *parts])
 
 
 def _cat(arrays: Sequence, dim: int = 0) -> Tensor:
