@@ -24,8 +24,9 @@ from edt_former.chem import (
     make_conformers,
     read_molecule,
 )
+from edt_former.graph.blending import FLAT, SPATIAL
 from edt_former.graph.encoder import GraphEncoder
-from edt_former.language.frozen import write_json
+from edt_former.language.frozen import share_weights, write_json
 from edt_former.model import MoleculeLM
 from edt_former.tasks.accuracy import Guesses
 from edt_former.tasks.evaluation import compare
@@ -158,6 +159,13 @@ def run_recipe(
         results[name] = connectors.make(
             name, config, graph_encoder, features, frozen_name=f"graph_encoder_{view}"
         )
+
+    shipped = out / "shipped"
+    views = {FLAT: "graph_encoder", SPATIAL: "graph_encoder_3d"}
+    share_weights(
+        shipped / "graph_encoder_both",
+        {f"graph_encoder.{view}.": shipped / name for view, name in views.items()},
+    )
 
     data_facts = json.loads((out / "data.json").read_text())
     data_facts["conformers"] = {
