@@ -11,8 +11,8 @@ from importlib import import_module
 from types import ModuleType
 
 COMMANDS = (
-    *("convert", "demo", "describe", "doctor", "eval", "inspect", "patch", "prepare", "profile"),
-    "train",
+    *("contest", "convert", "demo", "describe", "doctor", "eval", "eval-forgetting", "inspect"),
+    *("patch", "prepare", "profile", "train"),
 )
 MENDABLE = (ValueError, TypeError, OSError, EOFError, RuntimeError, ImportError, csv.Error)
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -32,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         _command(name).add(commands)
-    args = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:2] == ["eval", "forgetting"]:
+        given[:2] = ["eval-forgetting"]
+    args = parser.parse_args(given)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> ModuleType:
     """The module of a command; what it needs is imported when it runs, so that help is instant."""
-    return import_module(f"edt_former.cli.{name}")
+    return import_module(f"edt_former.cli.{name.replace('-', '_')}")
 
 
 if __name__ == "__main__":

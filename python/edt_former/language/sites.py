@@ -83,12 +83,12 @@ def find_sites(
                     f"{sites[index].name} and {name}: say which by names={{{kind!r}: ...}}"
                 )
             sites[index] = Site(name, *size)
-        layers = config.num_hidden_layers
+        layers, known = config.num_hidden_layers, ", ".join(linear_layers(language_model))
         if sorted(sites) != list(range(layers)):
             raise ValueError(
                 f"types {kind!r} needs a module called {' or '.join(ends)} in all {layers} layers "
                 f"of {type(language_model).__name__}, {len(sites)} have one; say what it is called "
-                f"by names={{{kind!r}: ...}}; linear layers: {', '.join(_linear(language_model))}"
+                f"by names={{{kind!r}: ...}}; linear layers: {known}"
             )
         found[kind] = [sites[index] for index in range(layers)]
     return found
@@ -129,7 +129,7 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _linear(language_model: nn.Module) -> list[str]:
-    """The last names of the linear layers, each once."""
-    names = [name for name, module in language_model.named_modules() if _widths(module) is not None]
+def linear_layers(module: nn.Module) -> list[str]:
+    """The last names of the linear layers in a module, each once."""
+    names = [name for name, layer in module.named_modules() if _widths(layer) is not None]
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from tqdm import trange
 from transformers import PreTrainedModel
 
-from edt_former.connectors import Connector, make_connector
+from edt_former.connectors import Connector, MoleculeTokens, make_connector
 from edt_former.graph.encoder import GraphEncoder, GraphFeatures
+from edt_former.language import InstanceAdapters, connector_options
 from edt_former.tasks.questions import FACTS, QUESTION_TYPES
 from edt_former.tokens import NextAtomPredictor, PatchOptions
 from edt_former.train.tiny.data import MoleculeTable, gather_ranges
@@ -24,6 +26,13 @@ from edt_kernels import Patches
 
 SIZES = {"width": 128, "layers": 3, "heads": 4, "ffn": 512, "dropout": 0.0, "sum_tokens": 4}
 """Of every connector; all have the sums over atoms, without which none can count."""
+
+ADAPTERS = {
+    **{"name": "mora", "types": "om", "every": 1, "rank": 16, "separate": False},
+    **{"head": "factorised", "factors": 24, "width": 64, "layers": 2, "heads": 4, "ffn": 128},
+    **{"graph_norm": True, "graph_token": True, "sum_tokens": 2},
+}
+"""Of MoRA."""
 
 ANCHORS = 32
 """Learned queries of EDT-Former, and of the smaller static Q-Former."""
@@ -41,6 +50,11 @@ def connector_configs(encoder_width: int, llm_width: int, equal_tokens: int) -> 
         f"qformer_{ANCHORS}": {"name": "qformer", **common, "num_queries": ANCHORS},
         f"qformer_{equal_tokens}": {"name": "qformer", **common, "num_queries": equal_tokens},
     }
+
+
+def adapter_config(encoder_width: int, language_model: PreTrainedModel) -> dict:
+    """MoRA on a graph encoder and a language model."""
+    return {**connector_options(ADAPTERS, language_model), "encoder_width": encoder_width}
 
 
 @dataclass(frozen=True)
@@ -128,12 +142,13 @@ def train_connector(
     seed: int,
     lr: float = 1e-3,
 ) -> Connector:
-    """Teach a connector to write tokens from which the frozen language model answers.
+    """Teach a connector to let the frozen language model answer.
 
     Stage 1 aligns without running the language model: query i of the first `len(FACTS)` learns to
     write the embeddings of fact i's key and true answer. Stage 2 is the language model's
     cross-entropy on answers, nothing else. Both see the truths of the questions on training
     molecules. Types of question weigh the same, and so do the two truths of a functional group.
+    A connector that makes adapters has no stage 1.
 
     Args:
         config: of the connector.
@@ -151,6 +166,8 @@ def train_connector(
     align = _Alignment(connector, features, language_model.get_input_embeddings().weight, bank)
     answer = _Answering(connector, features, language_model, bank)
     for stage, (loss, count) in enumerate(zip((align, answer), steps, strict=True), start=1):
+        if connector.adapts and loss is align:
+            continue
         fit(
             connector,
             loss,
@@ -160,6 +177,7 @@ def train_connector(
             lr=lr / stage,
             seed=seed + stage,
         )
+    answer.close()
     return connector.eval().requires_grad_(False)
 
 
@@ -203,7 +221,7 @@ class _Alignment:
 
 
 class _Answering:
-    """Stage 2: the language model's answers."""
+    """Stage 2: the language model's answers, from a molecule's tokens or with its adapters."""
 
     BATCH, QUESTIONS = 32, 8
 
@@ -216,6 +234,10 @@ class _Answering:
     ) -> None:
         self.connector, self.features = connector, features
         self.language_model, self.bank = language_model, bank
+        self.adapters: InstanceAdapters | None = None
+        if connector.adapts:
+            options = connector.options
+            self.adapters = InstanceAdapters(language_model, options.widths, options.adapted)
         self.odds = question_odds(features.answers).log()
 
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -227,16 +249,25 @@ class _Answering:
         facts = lots.topk(self.QUESTIONS).indices
         chance = torch.from_numpy(rng.random(facts.shape))
         phrasings = (chance * self.bank.num_phrasings[facts]).long()
-        tokens = self.connector(*self.features.batch(rows))
+        made = self.connector(*self.features.batch(rows))
         embedding = self.language_model.get_input_embeddings()
+        tokens, using = made, nullcontext()
+        if self.adapters is not None:
+            none = embedding.weight.new_zeros(0, embedding.embedding_dim)
+            tokens = MoleculeTokens(none, torch.zeros(len(rows) + 1, dtype=torch.int64))
+            using = self.adapters.using(made)
         answers = known.gather(1, facts)
-        packed = pack_questions(
-            embedding, self.bank, tokens.values, tokens.offsets, facts, phrasings, answers
-        )
-        logits, true = reply_logits(self.language_model, packed)
+        packed = pack_questions(embedding, self.bank, *tokens, facts, phrasings, answers)
+        with using:
+            logits, true = reply_logits(self.language_model, packed)
         value = F.cross_entropy(logits.flatten(0, 2), true.flatten())
         right = (logits[:, :, 1].argmax(-1) == true[:, :, 1]).float().mean()
         return value, {"nats": value.item(), "right": right.item()}
+
+    def close(self) -> None:
+        """Leaves the language model as it was."""
+        if self.adapters is not None:
+            self.adapters.remove()
 
 
 def question_odds(answers: np.ndarray) -> Tensor:
