@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import edt_kernels
 from edt_former.checkpoint import FROZEN_PARTS, load_checkpoint, save_checkpoint, trained_names
-from edt_former.chem import ConformerOptions, Molecule, make_conformers
+from edt_former.chem import ConformerOptions, Molecule, make_conformers, motif_features
 from edt_former.config import MoleculeConfig
 from edt_former.connectors import Connector, MoleculeTokens, make_connector
 from edt_former.graph import GraphBatch, GraphEncoder, make_encoder
@@ -339,7 +339,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             none = {s: pack_patches([]) for s in self.connector.patch_options.sources}
             patches = PatchSets({} if graph.num_molecules else none)
         sets = PatchSets(dict(patches)).to(self.device)
-        return self.connector(self.graph_encoder(graph), dict(sets))
+        return self.connector(self.connector.read_graph(self.graph_encoder, graph), dict(sets))
 
     @torch.no_grad()
     def embed_molecules(self, molecules: Sequence[Any]) -> MoleculeTokens:
@@ -357,7 +357,10 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         options = self.connector.patch_options
         read = read_all(molecules, options=options)
         coordinates = self._coordinates(read)
-        graph = GraphBatch.pack(read, coordinates, features=self.config.features).to(self.device)
+        motifs = motif_features(read) if self.connector.reads_motifs else None
+        graph = GraphBatch.pack(read, coordinates, features=self.config.features, motifs=motifs).to(
+            self.device
+        )
         return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
 
     @torch.no_grad()
@@ -371,7 +374,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
 
         Args:
             graph: as `GraphBatch.pack` makes it, with the features and coordinates that the graph
-                encoder reads.
+                encoder reads, and the motifs that the connector reads.
             longest: at least the most atoms of a molecule, which the host knows as it packs. It
                 says that none needs windows; without it, and where one does, a batch of more atoms
                 than the predictor's `positions` is waited for.

@@ -28,6 +28,7 @@ from edt_former.chem import (
     Invalid,
     Molecule,
     check_graph_data,
+    motif_features,
     read_as_written,
     read_molecule,
     read_selfies,
@@ -224,7 +225,8 @@ class MoleculeProcessor:
 
     Each `<mol>` is expanded to as many placeholders as its molecule has tokens, so every length is
     known before the model runs. Patches are found on the CPU for all new molecules of a call at
-    once, and remembered by canonical SMILES; so are conformers, where a 3D encoder needs them.
+    once, and remembered by canonical SMILES; so are motifs, where the connector reads them, and
+    conformers, where a 3D encoder does.
 
     Args:
         tokenizer: the language model's; `mol_token` is added to it as a special token if missing.
@@ -232,8 +234,8 @@ class MoleculeProcessor:
         predictor: the next-atom predictor, copied; needed for patches from entropies.
         mol_token: the text that marks one molecule.
         max_length: longest row in tokens, molecules included; None for no limit.
-        cache_size: molecules whose patches and conformers are remembered, the least recently used
-            go first.
+        cache_size: molecules whose patches, motifs and conformers are remembered, the least
+            recently used go first.
         features: the scheme of atom and bond features that the graph encoder reads.
         conformers: how conformers are made, or a mapping of `ConformerOptions`; None where the
             graph encoder reads no coordinates.
@@ -284,6 +286,7 @@ class MoleculeProcessor:
         self.conformers = conformers
         self._pool = None if conformers is None else ConformerPool(conformers)
         self._conformers: OrderedDict[str, Conformer | Invalid] = OrderedDict()
+        self._motifs: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def __call__(
         self,
@@ -388,6 +391,17 @@ class MoleculeProcessor:
                 reason.
         """
         return None if self._pool is None else places(molecules, self.find_conformers(molecules))
+
+    def motifs(self, molecules: Sequence[Molecule]) -> list[np.ndarray] | None:
+        """What the motifs of every molecule are made of; None where the connector reads none."""
+        if not self._connector.reads_motifs:
+            return None
+        keys = [molecule.smiles or index for index, molecule in enumerate(molecules)]
+        found = {key: self._motifs.get(key) for key in keys}
+        new = {k: m for k, m in zip(keys, molecules, strict=True) if found[k] is None}
+        found |= zip(new, motif_features(list(new.values())), strict=True)
+        self._remember(self._motifs, found)
+        return [found[key] for key in keys]
 
     def find_conformers(
         self, molecules: Sequence[Molecule], pool: ConformerPool | None = None
@@ -626,7 +640,8 @@ class MoleculeProcessor:
         marks = [ids.count(self.mol_token_id) for ids in rows]
         sources = _by_mark(molecules, marks, self.mol_token)
         read = read_all(sources, selfies=selfies, options=self.patch_options)
-        graph = GraphBatch.pack(read, self.coordinates(read), features=self.features)
+        positions, motifs = self.coordinates(read), self.motifs(read)
+        graph = GraphBatch.pack(read, positions, features=self.features, motifs=motifs)
         patches, sizes = self._patches(read, graph)
         repeats = _repeats(rows, self.mol_token_id, sizes)
         full = _repeated(rows, repeats)

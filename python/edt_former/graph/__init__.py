@@ -1,6 +1,6 @@
 """Graphs: packed batches and the encoders that read them."""
 
-from edt_former.graph.batch import GraphBatch
+from edt_former.graph.batch import GraphBatch, MotifFeatures
 from edt_former.graph.blending import Blended
 from edt_former.graph.encoder import GraphEncoder, GraphFeatures, make_encoder, register_encoder
 from edt_former.graph.gin import GIN
@@ -13,6 +13,7 @@ __all__ = [
     "GraphBatch",
     "GraphEncoder",
     "GraphFeatures",
+    "MotifFeatures",
     "PretrainGNN",
     "UniMol",
     "make_encoder",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ FEATURE_SCHEMES = {"ogb-9-3": (9, 3), "pretrain-gnns-2-2": (2, 2)}
 """Features per atom and per bond of the schemes that `edt_former.chem` can compute."""
 
 OGB, PRETRAIN = FEATURE_SCHEMES
+
+MOTIF_WIDTH = 73
+"""Numbers per motif, as `edt_former.chem` computes them."""
 
 
 def scheme_of(atom_width: int, bond_width: int) -> str | None:
@@ -40,6 +43,29 @@ class MoleculeArrays(Protocol):
         """Atom and bond features of another scheme."""
 
 
+class MotifFeatures(NamedTuple):
+    """What the motifs of B molecules are made of: `values` uint8 [M, 73], `offsets` [B + 1]."""
+
+    values: Tensor
+    offsets: Tensor
+
+    def to(self, device: torch.device | str | None, non_blocking: bool = False) -> MotifFeatures:
+        """The same on another device."""
+        return MotifFeatures(*(x.to(device, non_blocking=non_blocking) for x in self))
+
+    @classmethod
+    def pack(cls, features: Sequence[np.ndarray]) -> MotifFeatures:
+        """Packs what `edt_former.chem.motif_features` gives.
+
+        >>> from edt_former.chem import motif_features, read_molecules
+        >>> MotifFeatures.pack(motif_features(read_molecules(["CCO", "C"]))).offsets
+        tensor([0, 2, 2])
+        """
+        offsets = offsets_from_lengths(torch.tensor([len(f) for f in features], dtype=torch.int64))
+        rows = np.concatenate([np.zeros((0, MOTIF_WIDTH), np.uint8), *features])
+        return cls(torch.from_numpy(rows), offsets)
+
+
 @dataclass
 class GraphBatch:
     """B molecules with N atoms in all; bonds in both directions, sorted by target.
@@ -53,6 +79,7 @@ class GraphBatch:
         offsets: int64 [B + 1], the atoms of molecule m are `offsets[m]:offsets[m + 1]`.
         elements: int64 [N], atomic numbers, 0 for a wildcard.
         coordinates: float32 [N, 3] in angstrom, None where no encoder reads them.
+        motifs: of the molecules, None where no connector reads them.
     """
 
     atom_features: Tensor
@@ -62,6 +89,7 @@ class GraphBatch:
     offsets: Tensor
     elements: Tensor
     coordinates: Tensor | None = None
+    motifs: MotifFeatures | None = None
 
     @property
     def num_molecules(self) -> int:
@@ -92,6 +120,7 @@ class GraphBatch:
         coordinates: Sequence[np.ndarray] | None = None,
         *,
         features: str = OGB,
+        motifs: Sequence[np.ndarray] | None = None,
     ) -> GraphBatch:
         """Packs `edt_former.chem.Molecule`s; empty molecules and an empty list are legal.
 
@@ -100,10 +129,13 @@ class GraphBatch:
             coordinates: [n, 3] of every molecule, in the order of its atoms
                 (`edt_former.chem.make_conformers`); None where no encoder reads them.
             features: the scheme that the graph encoder reads (`GraphEncoder.features`).
+            motifs: uint8 [motifs, 73] of every molecule (`edt_former.chem.motif_features`); None
+                where no connector reads them.
 
         Raises:
             ValueError: a scheme of features that is not known, or that a molecule cannot give;
-                coordinates are not as many as molecules, or not as many as atoms.
+                coordinates are not as many as molecules, or not as many as atoms; motifs are not
+                as many as molecules.
 
         >>> from edt_former.chem import read_molecules
         >>> batch = GraphBatch.pack(read_molecules(["CO", "[Na+]", "CC"]))
@@ -114,8 +146,13 @@ class GraphBatch:
             known = ", ".join(map(repr, FEATURE_SCHEMES))
             raise ValueError(f"features must be one of {known}, got {features!r}")
         positions = None if coordinates is None else _positions(molecules, coordinates)
+        if motifs is not None and len(motifs) != len(molecules):
+            raise ValueError(
+                f"motifs must be one array per molecule, {len(molecules)}, got {len(motifs)}"
+            )
+        packed = None if motifs is None else MotifFeatures.pack(motifs)
         if not molecules:
-            return cls(*_no_atoms(*FEATURE_SCHEMES[features]), positions)
+            return cls(*_no_atoms(*FEATURE_SCHEMES[features]), positions, packed)
         if features == OGB:
             rows = [(m.atom_features, m.bond_features) for m in molecules]
         else:
@@ -134,6 +171,7 @@ class GraphBatch:
             offsets=offsets,
             elements=_cat([m.elements for m in molecules]),
             coordinates=positions,
+            motifs=packed,
         )
 
 
