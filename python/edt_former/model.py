@@ -334,6 +334,8 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         self, graph: GraphBatch, patches: PatchSets | Mapping[str, edt_kernels.Patches] | None
     ) -> MoleculeTokens:
         """The tokens of packed molecules, from their patches by source."""
+        if not graph.num_molecules:
+            graph = GraphBatch.empty(*self.graph_encoder.widths)
         graph = graph.to(self.device)
         if patches is None:
             none = {s: pack_patches([]) for s in self.connector.patch_options.sources}
@@ -346,7 +348,8 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         """The tokens of molecules, without the language model; patches are found on the device.
 
         Args:
-            molecules: SMILES, RDKit `Mol`, `Molecule`, ...: see `edt_former.processor.as_molecule`.
+            molecules: SMILES, RDKit `Mol`, `Molecule`, ...: see `edt_former.processor.as_molecule`;
+                or graphs, where the graph encoder reads no molecules.
 
         Returns:
             Values [T, E] and offsets [B + 1].
@@ -355,12 +358,11 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             ValueError: a molecule cannot be read, or has no conformer where one is needed.
         """
         options = self.connector.patch_options
-        read = read_all(molecules, options=options)
+        features = self.config.features
+        read = read_all(molecules, options=options, features=features)
         coordinates = self._coordinates(read)
         motifs = motif_features(read) if self.connector.reads_motifs else None
-        graph = GraphBatch.pack(read, coordinates, features=self.config.features, motifs=motifs).to(
-            self.device
-        )
+        graph = GraphBatch.pack(read, coordinates, features=features, motifs=motifs).to(self.device)
         return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
 
     @torch.no_grad()

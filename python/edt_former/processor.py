@@ -35,7 +35,7 @@ from edt_former.chem import (
 )
 from edt_former.config import MoleculeConfig
 from edt_former.connectors import Connector, make_connector
-from edt_former.graph import GraphBatch
+from edt_former.graph import Graph, GraphBatch, read_graph
 from edt_former.graph.batch import OGB
 from edt_former.language.frozen import load_part, write_json
 from edt_former.language.manifest import Manifest
@@ -153,15 +153,22 @@ def as_molecule(source: Any, *, as_written: bool = False) -> Molecule | Invalid:
 
 
 def read_all(
-    sources: Sequence[Any], *, selfies: bool = False, options: PatchOptions | None = None
-) -> list[Molecule]:
+    sources: Sequence[Any],
+    *,
+    selfies: bool = False,
+    options: PatchOptions | None = None,
+    features: str | None = OGB,
+) -> list[Molecule] | list[Graph]:
     """`as_molecule` of every source, read as the patches of `options` need it.
 
-    With `selfies`, strings are SELFIES.
+    With `selfies`, strings are SELFIES. Without a scheme of `features` they are graphs, see
+    `edt_former.graph.read_graph`.
 
     Raises:
         ValueError: one cannot be read; it names the index and the reason.
     """
+    if features is None:
+        return [_graph(index, source) for index, source in enumerate(sources)]
     molecules = []
     for index, source in enumerate(sources):
         plain = selfies and isinstance(source, str)
@@ -185,6 +192,13 @@ def places(
         if isinstance(found, Invalid):
             raise ValueError(f"molecule {index} ({molecule.smiles!r}): {found.reason}")
     return [found.coordinates for found in conformers]
+
+
+def _graph(index: int, source: Any) -> Graph:
+    try:
+        return read_graph(source)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"graph {index}: {error}") from error
 
 
 def _graph_data(data: Any) -> Molecule | Invalid:
@@ -236,12 +250,14 @@ class MoleculeProcessor:
         max_length: longest row in tokens, molecules included; None for no limit.
         cache_size: molecules whose patches, motifs and conformers are remembered, the least
             recently used go first.
-        features: the scheme of atom and bond features that the graph encoder reads.
+        features: the scheme of atom and bond features that the graph encoder reads; None for
+            graphs that are no molecules, in the place of molecules everywhere.
         conformers: how conformers are made, or a mapping of `ConformerOptions`; None where the
             graph encoder reads no coordinates.
 
     Raises:
-        ValueError: the connector reads entropy patches and there is no predictor.
+        ValueError: the connector reads entropy patches and there is no predictor; or it reads
+            patches or motifs, and graphs are no molecules.
 
     Example:
         >>> import edt_former
@@ -260,7 +276,7 @@ class MoleculeProcessor:
         mol_token: str = "<mol>",
         max_length: int | None = None,
         cache_size: int = 65_536,
-        features: str = OGB,
+        features: str | None = OGB,
         conformers: ConformerOptions | Mapping[str, Any] | None = None,
     ) -> None:
         config = connector.config if isinstance(connector, Connector) else connector
@@ -269,6 +285,12 @@ class MoleculeProcessor:
         self.patch_options = self._connector.patch_options
         if self.patch_options.needs_predictor and predictor is None:
             raise ValueError("predictor is needed for patches from entropies, got None")
+        chemical = bool(self.patch_options.sources) or self._connector.reads_motifs
+        if features is None and chemical:
+            raise ValueError(
+                "the connector must read neither patches nor motifs of graphs that are no "
+                f"molecules, {config['name']!r} does"
+            )
         if mol_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([mol_token], special_tokens=True)
         self.tokenizer = tokenizer
@@ -376,8 +398,8 @@ class MoleculeProcessor:
 
     def token_counts(self, molecules: Sequence[Any]) -> list[int]:
         """How many tokens each molecule takes in a prompt."""
-        read = read_all(molecules, options=self.patch_options)
-        return self._patches(read, GraphBatch.pack(read))[1]
+        read = read_all(molecules, options=self.patch_options, features=self.features)
+        return self._patches(read)[1]
 
     def set_budget(self, **budget: int | None) -> None:
         """As of the connector; see `MoleculeLM.set_budget`, which calls it."""
@@ -639,10 +661,10 @@ class MoleculeProcessor:
             raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}")
         marks = [ids.count(self.mol_token_id) for ids in rows]
         sources = _by_mark(molecules, marks, self.mol_token)
-        read = read_all(sources, selfies=selfies, options=self.patch_options)
-        positions, motifs = self.coordinates(read), self.motifs(read)
-        graph = GraphBatch.pack(read, positions, features=self.features, motifs=motifs)
-        patches, sizes = self._patches(read, graph)
+        options = self.patch_options
+        read = read_all(sources, selfies=selfies, options=options, features=self.features)
+        graph = self._pack(read)
+        patches, sizes = self._patches(read)
         repeats = _repeats(rows, self.mol_token_id, sizes)
         full = _repeated(rows, repeats)
         flags = None if learned is None else _repeated(learned, repeats)
@@ -678,7 +700,13 @@ class MoleculeProcessor:
                     f"({row.count(self.mol_token_id)} of them molecule tokens)"
                 )
 
-    def _patches(self, molecules: list[Molecule], graph: GraphBatch) -> tuple[PatchSets, list[int]]:
+    def _pack(self, molecules: list[Molecule]) -> GraphBatch:
+        if not molecules and self.features is None:
+            return GraphBatch.empty(1, 1)
+        positions, motifs = self.coordinates(molecules), self.motifs(molecules)
+        return GraphBatch.pack(molecules, positions, features=self.features, motifs=motifs)
+
+    def _patches(self, molecules: list[Molecule]) -> tuple[PatchSets, list[int]]:
         """Patches of the molecules, and how many tokens each gives."""
         if not self.patch_options.sources:
             return PatchSets({}), self._connector.token_counts({}, len(molecules))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -119,7 +119,7 @@ class GraphBatch:
         molecules: Sequence[MoleculeArrays],
         coordinates: Sequence[np.ndarray] | None = None,
         *,
-        features: str = OGB,
+        features: str | None = OGB,
         motifs: Sequence[np.ndarray] | None = None,
     ) -> GraphBatch:
         """Packs `edt_former.chem.Molecule`s; empty molecules and an empty list are legal.
@@ -128,23 +128,23 @@ class GraphBatch:
             molecules: in the order of the batch.
             coordinates: [n, 3] of every molecule, in the order of its atoms
                 (`edt_former.chem.make_conformers`); None where no encoder reads them.
-            features: the scheme that the graph encoder reads (`GraphEncoder.features`).
+            features: the scheme that the graph encoder reads (`GraphEncoder.features`); None takes
+                what is stored, as of graphs that are no molecules (`edt_former.graph.Graph`).
             motifs: uint8 [motifs, 73] of every molecule (`edt_former.chem.motif_features`); None
                 where no connector reads them.
 
         Raises:
             ValueError: a scheme of features that is not known, or that a molecule cannot give;
                 coordinates are not as many as molecules, or not as many as atoms; motifs are not
-                as many as molecules.
+                as many as molecules; there is nothing, and no scheme says how wide it is.
 
         >>> from edt_former.chem import read_molecules
         >>> batch = GraphBatch.pack(read_molecules(["CO", "[Na+]", "CC"]))
         >>> batch.offsets.tolist(), batch.bond_index.tolist(), batch.bond_offsets.tolist()
         ([0, 2, 3, 5], [[1, 0, 4, 3], [0, 1, 3, 4]], [0, 1, 2, 2, 3, 4])
         """
-        if features not in FEATURE_SCHEMES:
-            known = ", ".join(map(repr, FEATURE_SCHEMES))
-            raise ValueError(f"features must be one of {known}, got {features!r}")
+        if features is not None or not molecules:
+            check_scheme(features)
         positions = None if coordinates is None else _positions(molecules, coordinates)
         if motifs is not None and len(motifs) != len(molecules):
             raise ValueError(
@@ -152,8 +152,9 @@ class GraphBatch:
             )
         packed = None if motifs is None else MotifFeatures.pack(motifs)
         if not molecules:
-            return cls(*_no_atoms(*FEATURE_SCHEMES[features]), positions, packed)
-        if features == OGB:
+            none = cls.empty(*FEATURE_SCHEMES[features])
+            return replace(none, coordinates=positions, motifs=packed)
+        if features in (OGB, None):
             rows = [(m.atom_features, m.bond_features) for m in molecules]
         else:
             rows = [m.features(features) for m in molecules]
@@ -173,6 +174,28 @@ class GraphBatch:
             coordinates=positions,
             motifs=packed,
         )
+
+    @classmethod
+    def empty(cls, atom_width: int, bond_width: int) -> GraphBatch:
+        """No molecule, for encoders of so many features per atom and per bond, and any connector.
+
+        >>> GraphBatch.empty(9, 3).num_molecules
+        0
+        """
+        shapes = (0, atom_width), (2, 0), (0, bond_width), (1,), (1,), (0,)
+        none = (torch.zeros(shape, dtype=torch.int64) for shape in shapes)
+        return cls(*none, coordinates=torch.zeros(0, 3), motifs=MotifFeatures.pack([]))
+
+
+def check_scheme(features: str | None) -> None:
+    """Refuses a scheme of features that has no name here.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if features not in FEATURE_SCHEMES:
+        known = ", ".join(map(repr, FEATURE_SCHEMES))
+        raise ValueError(f"features must be one of {known}, got {features!r}")
 
 
 def _cat(arrays: Sequence, dim: int = 0) -> Tensor:
@@ -203,8 +226,3 @@ def _positions(molecules: Sequence[MoleculeArrays], coordinates: Sequence[np.nda
             )
     rows = [np.zeros((0, 3)), *coordinates]
     return torch.from_numpy(np.concatenate(rows).astype(np.float32))
-
-
-def _no_atoms(atom_width: int, bond_width: int) -> tuple[Tensor, ...]:
-    shapes = (0, atom_width), (2, 0), (0, bond_width), (1,), (1,), (0,)
-    return tuple(torch.zeros(shape, dtype=torch.int64) for shape in shapes)

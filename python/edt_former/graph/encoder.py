@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-from edt_former.graph.batch import OGB, GraphBatch, MotifFeatures
+from edt_former.graph.batch import FEATURE_SCHEMES, OGB, GraphBatch, MotifFeatures
 
 if TYPE_CHECKING:
     from typing import Self
@@ -71,6 +71,11 @@ class GraphEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.frozen = False
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Features per atom and per bond."""
+        return FEATURE_SCHEMES[self.features]
 
     @abstractmethod
     def forward(self, batch: GraphBatch) -> GraphFeatures:
