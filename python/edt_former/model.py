@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import edt_kernels
 from edt_former.checkpoint import FROZEN_PARTS, load_checkpoint, save_checkpoint, trained_names
-from edt_former.chem import ConformerOptions, Molecule, make_conformers
+from edt_former.chem import ConformerOptions, Molecule, make_conformers, motif_features
 from edt_former.config import MoleculeConfig
 from edt_former.connectors import (
     Connector,
@@ -396,27 +396,31 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         """
         if not self.connector.adapts:
             raise TypeError(f"{type(self.connector).__name__} makes tokens, see embed_molecules")
-        read = read_all(molecules, options=self.connector.patch_options)
-        graph = GraphBatch.pack(read, self._coordinates(read), features=self.config.features)
+        features = self.config.features
+        read = read_all(molecules, options=self.connector.patch_options, features=features)
+        graph = GraphBatch.pack(read, self._coordinates(read), features=features)
         return self._adapt(graph)
 
     def encode(
         self, graph: GraphBatch, patches: PatchSets | Mapping[str, edt_kernels.Patches] | None
     ) -> MoleculeTokens | MoleculeAdapters:
         """The tokens or adapters of packed molecules, from their patches by source."""
+        if not graph.num_molecules:
+            graph = GraphBatch.empty(*self.graph_encoder.widths)
         graph = graph.to(self.device)
         if patches is None:
             none = {s: pack_patches([]) for s in self.connector.patch_options.sources}
             patches = PatchSets({} if graph.num_molecules else none)
         sets = PatchSets(dict(patches)).to(self.device)
-        return self.connector(self.graph_encoder(graph), dict(sets))
+        return self.connector(self.connector.read_graph(self.graph_encoder, graph), dict(sets))
 
     @torch.no_grad()
     def embed_molecules(self, molecules: Sequence[Any]) -> MoleculeTokens:
         """The tokens of molecules, without the language model; patches are found on the device.
 
         Args:
-            molecules: SMILES, RDKit `Mol`, `Molecule`, ...: see `edt_former.processor.as_molecule`.
+            molecules: SMILES, RDKit `Mol`, `Molecule`, ...: see `edt_former.processor.as_molecule`;
+                or graphs, where the graph encoder reads no molecules.
 
         Returns:
             Values [T, E] and offsets [B + 1].
@@ -427,9 +431,11 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         """
         self._needs_tokens("adapt_molecules")
         options = self.connector.patch_options
-        read = read_all(molecules, options=options)
+        features = self.config.features
+        read = read_all(molecules, options=options, features=features)
         coordinates = self._coordinates(read)
-        graph = GraphBatch.pack(read, coordinates, features=self.config.features).to(self.device)
+        motifs = motif_features(read) if self.connector.reads_motifs else None
+        graph = GraphBatch.pack(read, coordinates, features=features, motifs=motifs).to(self.device)
         return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
 
     @torch.no_grad()
@@ -443,7 +449,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
 
         Args:
             graph: as `GraphBatch.pack` makes it, with the features and coordinates that the graph
-                encoder reads.
+                encoder reads, and the motifs that the connector reads.
             longest: at least the most atoms of a molecule, which the host knows as it packs. It
                 says that none needs windows; without it, and where one does, a batch of more atoms
                 than the predictor's `positions` is waited for.
@@ -660,7 +666,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         if not self.connector.adapts:
             return None
         if graph is None:
-            graph, molecule_counts = GraphBatch.pack([], features=self.config.features), None
+            graph, molecule_counts = GraphBatch.empty(*self.graph_encoder.widths), None
         if not self._encodes(graph):
             return None
         if molecule_counts is None:

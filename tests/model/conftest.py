@@ -56,16 +56,24 @@ LANGUAGE_MODELS = {
         embedding_multiplier=3.0,
     ),
 }
+TRANSFORMER = {"width": 16, "layers": 2, "heads": 2, "ffn": 16, "dropout": 0.0}
 CONNECTORS = {
-    "edt_former": {"name": "edt_former", "dropout": 0.0, "num_queries": 2},
+    "edt_former": {"name": "edt_former", "num_queries": 2, **TRANSFORMER},
     "edt_former_brics": {
         "name": "edt_former",
-        "dropout": 0.0,
         "num_queries": 1,
         "patches": {"sources": ["brics", "entropy"]},
+        **TRANSFORMER,
     },
-    "qformer": {"name": "qformer", "dropout": 0.0, "num_queries": 3},
-    "mora": {"name": "mora", "types": "qvomd", "every": 1, "rank": 2},
+    "qformer": {"name": "qformer", "num_queries": 3, **TRANSFORMER},
+    "llamo": {
+        **{"name": "llamo", "num_levels": 3, "level_queries": 1, "motif_queries": 2},
+        **{"heads": 2, "depth": 2},
+    },
+    "mora": {
+        **{"name": "mora", "types": "qvomd", "every": 1, "rank": 2},
+        **{"width": 16, "layers": 2, "heads": 2, "ffn": 16},
+    },
 }
 
 UNIMOL = {"heads": 2, "ffn": 16}
@@ -109,9 +117,8 @@ def make_parts():
         language_model: str = "llama", connector: str = "edt_former", encoder: str = "gin"
     ) -> tuple:
         text_model = AutoModelForCausalLM.from_config(LANGUAGE_MODELS[language_model]())
-        size = {"encoder_width": 8, "width": 16, "layers": 2, "heads": 2, "ffn": 16}
         encoder = make_encoder({"name": encoder, "layers": 2, "width": 8, **ENCODERS[encoder]})
-        options = connector_options({**size, **CONNECTORS[connector]}, text_model)
+        options = connector_options({"encoder_width": 8, **CONNECTORS[connector]}, text_model)
         predictor = NextAtomPredictor({"layers": 1, "heads": 2, "width": 16, "positions": 64})
         return text_model, encoder, make_connector(options), predictor
 

@@ -71,6 +71,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     tiny.add_argument(
         "--scale", type=float, default=1.0, help="share of molecules and steps, for a quick trial"
     )
+    tiny.add_argument(
+        "--connector",
+        metavar="NAME",
+        help="train this one alone, as llamo, against the frozen parts that ship",
+    )
 
 
 def _add_stage(
@@ -125,14 +130,18 @@ def _run_tiny(args: argparse.Namespace) -> int:
     from edt_former.tasks.questions import FACTS
     from edt_former.train.tiny.data import SELF_SUPERVISED
     from edt_former.train.tiny.encoder import SPATIALLY_SUPERVISED
-    from edt_former.train.tiny.recipe import run_recipe
+    from edt_former.train.tiny.recipe import add_connector, run_recipe
 
     if not 0 < args.scale <= 1:
         raise ValueError(f"--scale must be in (0, 1], got {args.scale}")
+    options = {"seed": args.seed, "processes": args.processes, "scale": args.scale}
+    if args.connector is not None:
+        add_connector(args.data, args.out, args.connector, **options)
+        return 0
     print(
         f"the graph encoders learn from: {', '.join(SELF_SUPERVISED)}; "
         f"in 3D also from: {', '.join(SPATIALLY_SUPERVISED)}"
     )
     print(f"the questions ask for: {', '.join(fact.key for fact in FACTS)}")
-    run_recipe(args.data, args.out, seed=args.seed, processes=args.processes, scale=args.scale)
+    run_recipe(args.data, args.out, **options)
     return 0

@@ -9,6 +9,7 @@ from edt_former.connectors.connector import (
     register_connector,
 )
 from edt_former.connectors.edt_former import EDTFormer, EDTFormerConfig
+from edt_former.connectors.llamo import LLaMo, LLaMoConfig
 from edt_former.connectors.mora import MoRA, MoRAConfig
 from edt_former.connectors.published import PublishedEDTFormer, PublishedEDTFormerConfig
 from edt_former.connectors.qformer import QFormer, QFormerConfig, QueryTransformer
@@ -17,6 +18,8 @@ __all__ = [
     "Connector",
     "EDTFormer",
     "EDTFormerConfig",
+    "LLaMo",
+    "LLaMoConfig",
     "MoRA",
     "MoRAConfig",
     "MoleculeAdapters",

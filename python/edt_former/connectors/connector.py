@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from edt_former.graph.encoder import GraphFeatures
+from edt_former.graph.batch import GraphBatch
+from edt_former.graph.encoder import GraphEncoder, GraphFeatures
 from edt_former.tokens.patches import PatchOptions
 from edt_kernels import Patches, segment_pool
 
@@ -78,11 +79,20 @@ class Connector(nn.Module):
         config: what `make_connector` needs to build this connector again.
         patch_options: the patches that `forward` wants (`sources` empty: none).
         adapts: `forward` returns `MoleculeAdapters`, and a molecule has no token in the prompt.
+        reads_levels: `forward` wants `GraphFeatures.levels`.
+        reads_motifs: `forward` wants `GraphFeatures.motifs`.
     """
 
     config: dict
     patch_options: PatchOptions
     adapts: bool = False
+    reads_levels: bool = False
+    reads_motifs: bool = False
+
+    def read_graph(self, encoder: GraphEncoder, batch: GraphBatch) -> GraphFeatures:
+        """What `encoder` and the batch have to say of the molecules, as `forward` wants it."""
+        features = encoder.with_levels(batch) if self.reads_levels else encoder(batch)
+        return features._replace(motifs=batch.motifs)
 
     @abstractmethod
     def forward(
@@ -92,6 +102,11 @@ class Connector(nn.Module):
 
         Patches may be at capacity or trimmed: rows beyond `offsets[-1]` of the tokens are tail.
         """
+
+    @property
+    def num_anchors(self) -> int:
+        """The tokens of a molecule that stand for none of its patches."""
+        return self.token_counts({source: [0] for source in self.patch_options.sources}, 1)[0]
 
     def set_budget(self, **budget: int | None) -> None:
         """Gives every molecule fewer tokens than the connector was trained with."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from tqdm import trange
 from transformers import PreTrainedModel
 
+from edt_former.chem import motif_features
 from edt_former.connectors import Connector, MoleculeTokens, make_connector
+from edt_former.graph.batch import MotifFeatures
 from edt_former.graph.encoder import GraphEncoder, GraphFeatures
 from edt_former.language import InstanceAdapters, connector_options
 from edt_former.tasks.questions import FACTS, QUESTION_TYPES
@@ -33,11 +36,25 @@ ADAPTERS = {
     **{"graph_norm": True, "graph_token": True, "sum_tokens": 2},
 }
 """Of MoRA."""
+LEVELS = {
+    **{"name": "llamo", "level_queries": 4, "motif_queries": 4, "width": 96, "heads": 4},
+    **{"depth": 2, "sum_tokens": 4},
+}
+"""Of LLaMo, whose queries read each a level of the graph encoder, or motifs."""
+
+MOTIFS_AT_A_TIME = 512
+"""Molecules."""
 
 ANCHORS = 32
 """Learned queries of EDT-Former, and of the smaller static Q-Former."""
 
 PATCHES = PatchOptions(sources=("entropy",), rule="local_max")
+
+
+def level_config(encoder: GraphEncoder, num_levels: int, llm_width: int) -> dict:
+    """LLaMo on the levels of `encoder`."""
+    widths = {"encoder_width": encoder.width, "llm_width": llm_width}
+    return {**LEVELS, **widths, "num_levels": num_levels}
 
 
 def connector_configs(encoder_width: int, llm_width: int, equal_tokens: int) -> dict[str, dict]:
@@ -55,6 +72,18 @@ def connector_configs(encoder_width: int, llm_width: int, equal_tokens: int) -> 
 def adapter_config(encoder_width: int, language_model: PreTrainedModel) -> dict:
     """MoRA on a graph encoder and a language model."""
     return {**connector_options(ADAPTERS, language_model), "encoder_width": encoder_width}
+
+
+class Features(Protocol):
+    """What the frozen parts say of M molecules, and the truths about them."""
+
+    answers: np.ndarray
+
+    def __len__(self) -> int:
+        """M."""
+
+    def batch(self, rows: np.ndarray) -> tuple[GraphFeatures, dict[str, Patches]]:
+        """Features and patches of the molecules of `rows`, in that order."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +141,41 @@ class FeatureTable:
         return features, {"entropy": patches}
 
 
+class LevelTable:
+    """What every level of a frozen encoder says of M molecules, computed when it is asked for.
+
+    All levels of all molecules would be some gigabytes, an encoder of bonds is quick.
+
+    Args:
+        table: the molecules.
+        encoder: frozen.
+    """
+
+    def __init__(self, table: MoleculeTable, encoder: GraphEncoder) -> None:
+        self.table, self.encoder, self.answers = table, encoder, table.answers
+        motifs: list[np.ndarray] = []
+        for first in trange(0, len(table), MOTIFS_AT_A_TIME, desc="motifs", unit="batch"):
+            rows = range(first, min(first + MOTIFS_AT_A_TIME, len(table)))
+            motifs += motif_features([table.molecule(row) for row in rows])
+        self.motifs = MotifFeatures.pack(motifs)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of the encoder."""
+        return len(self.batch(np.arange(1))[0].levels)
+
+    @torch.no_grad()
+    def batch(self, rows: np.ndarray) -> tuple[GraphFeatures, dict[str, Patches]]:
+        """Features of all levels and motifs of the molecules of `rows`; no patches."""
+        features = self.encoder.with_levels(self.table.batch(rows))
+        motifs, offsets = gather_ranges(self.motifs.offsets.numpy(), rows)
+        own = MotifFeatures(self.motifs.values[motifs], torch.from_numpy(offsets))
+        return features._replace(motifs=own), {}
+
+
 @torch.no_grad()
 def read_features(
     table: MoleculeTable, encoder: GraphEncoder, predictor: NextAtomPredictor, *, batch: int = 512
@@ -132,7 +196,7 @@ def read_features(
 
 def train_connector(
     config: dict,
-    features: FeatureTable,
+    features: Features,
     language_model: PreTrainedModel,
     bank: QuestionBank,
     folder: Path,
@@ -145,7 +209,8 @@ def train_connector(
     """Teach a connector to let the frozen language model answer.
 
     Stage 1 aligns without running the language model: query i of the first `len(FACTS)` learns to
-    write the embeddings of fact i's key and true answer. Stage 2 is the language model's
+    write the embeddings of fact i's key and true answer; of LLaMo, whose queries do not all read
+    the same, any token may write any fact. Stage 2 is the language model's
     cross-entropy on answers, nothing else. Both see the truths of the questions on training
     molecules. Types of question weigh the same, and so do the two truths of a functional group.
     A connector that makes adapters has no stage 1.
@@ -163,7 +228,9 @@ def train_connector(
     """
     torch.manual_seed(seed)
     connector = make_connector(config)
-    align = _Alignment(connector, features, language_model.get_input_embeddings().weight, bank)
+    align = (_FreeAlignment if config["name"] == LEVELS["name"] else _Alignment)(
+        connector, features, language_model.get_input_embeddings().weight, bank
+    )
     answer = _Answering(connector, features, language_model, bank)
     for stage, (loss, count) in enumerate(zip((align, answer), steps, strict=True), start=1):
         if connector.adapts and loss is align:
@@ -191,7 +258,7 @@ class _Alignment:
     BATCH, SHARPNESS = 64, 3.0
 
     def __init__(
-        self, connector: Connector, features: FeatureTable, embedding: Tensor, bank: QuestionBank
+        self, connector: Connector, features: Features, embedding: Tensor, bank: QuestionBank
     ) -> None:
         self.connector, self.features = connector, features
         columns = torch.arange(bank.answers.shape[1])
@@ -220,6 +287,42 @@ class _Alignment:
         return value, figures
 
 
+class _FreeAlignment(_Alignment):
+    """Stage 1 where any token may write any fact: a fact's loss is the least of all tokens'.
+
+    A soft least, -h log sum_t exp(-loss_t / h) of the losses over the batch, so that a token which
+    writes a fact a little better than the others comes to write it.
+    """
+
+    SOFTNESS = 0.1
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = rng.choice(len(self.features), self.BATCH, replace=False)
+        truth = torch.from_numpy(self.features.answers[rows].astype(np.int64))
+        tokens = self.connector(*self.features.batch(rows))
+        written = tokens.values.unflatten(0, (len(rows), -1))
+        norm = self.clean.square().sum(-1)
+        product = torch.einsum("btd,fad->btfa", written, self.clean)
+        distance = written.square().sum(-1)[:, :, None, None] - 2 * product + norm
+        logits = (-self.SHARPNESS * distance).masked_fill(self.impossible, -torch.inf)
+        true = truth[:, None, :, None].expand(-1, logits.shape[1], -1, -1)
+        nats = -logits.log_softmax(-1).gather(-1, true).squeeze(-1)
+        away = distance.gather(-1, true).squeeze(-1) / norm[self.facts, truth][:, None]
+        weight = self.weights[self.facts, truth][:, None]
+        losses = (weight * (nats + away)).sum(0) / weight.sum(0)
+        least = -self.SOFTNESS * (-losses / self.SOFTNESS).logsumexp(0)
+        value = (weight.sum((0, 1)) * least).sum() / weight.sum()
+        writer = losses.argmin(0)
+        said = logits.argmax(-1)[:, writer, self.facts]
+        figures = {
+            "nats": nats[:, writer, self.facts].mean().item(),
+            "away": away[:, writer, self.facts].mean().item(),
+            "right": (said == truth).float().mean().item(),
+            "writers": float(len(writer.unique())),
+        }
+        return value, figures
+
+
 class _Answering:
     """Stage 2: the language model's answers, from a molecule's tokens or with its adapters."""
 
@@ -228,7 +331,7 @@ class _Answering:
     def __init__(
         self,
         connector: Connector,
-        features: FeatureTable,
+        features: Features,
         language_model: PreTrainedModel,
         bank: QuestionBank,
     ) -> None:

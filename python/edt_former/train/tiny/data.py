@@ -96,6 +96,19 @@ class MoleculeTable:
         """The molecules of `rows`, read again from their SMILES."""
         return [read_molecule(self.smiles[row]) for row in rows]
 
+    def molecule(self, row: int) -> Molecule:
+        """The molecule of `row`, from its arrays."""
+        atoms = slice(*self.offsets[row : row + 2])
+        bonds = slice(*self.bond_ends[row : row + 2])
+        features = self.atom_features[atoms].astype(np.int64)
+        return Molecule(
+            smiles=str(self.smiles[row]),
+            atom_features=features,
+            bond_index=self.bond_index[:, bonds].astype(np.int64),
+            bond_features=self.bond_features[bonds].astype(np.int64),
+            order=np.arange(len(features)),
+        )
+
     def take(self, rows: np.ndarray) -> MoleculeTable:
         """A table of the molecules of `rows`, in that order."""
         atoms, offsets = gather_ranges(self.offsets, rows)
