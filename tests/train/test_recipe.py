@@ -63,7 +63,7 @@ def test_everything_that_ships_is_there(out):
     manifest = json.loads((out / "shipped" / "manifest.json").read_text())
     names = list(manifest["accuracy"])
     assert names[:2] == ["edt_former", "qformer_32"] and names[2].startswith("qformer_")
-    assert names[3:] == ["llamo", "edt_former_3d", "edt_former_both"]
+    assert names[3:] == ["llamo", "mora", "edt_former_3d", "edt_former_both"]
     made = sorted(path.name for path in (out / "shipped").iterdir())
     frozen = ["graph_encoder", "graph_encoder_3d", "graph_encoder_both"]
     frozen += ["language_model", "predictor"]
@@ -94,7 +94,7 @@ def test_the_manifest_tells_how_it_was_made(out):
 
 def test_the_shipped_models_load_and_answer(out, monkeypatch):
     monkeypatch.setattr(shipped, "folder", lambda: out / "shipped")
-    assert shipped.connectors()[:5] == [*shipped.ENCODERS.values(), "llamo", "qformer_32"]
+    assert shipped.connectors()[:6] == [*shipped.ENCODERS.values(), "llamo", "mora", "qformer_32"]
     for name in shipped.connectors():
         model = shipped.load(name)
         assert isinstance(model, MoleculeLM)

@@ -38,10 +38,12 @@ from edt_former.tasks.questions import FACTS, answer_ids
 from edt_former.tokens import NextAtomPredictor
 from edt_former.train.tiny.conformers import CONFORMERS, TIMEOUT, place
 from edt_former.train.tiny.connector import (
+    ADAPTERS,
     ANCHORS,
     LEVELS,
     Features,
     LevelTable,
+    adapter_config,
     connector_configs,
     level_config,
     read_features,
@@ -66,6 +68,7 @@ STEPS = {
     "reader": 500,
     "stage 1": 2200,
     "stage 2": 300,
+    "adapters": 1500,
 }
 HALF = torch.float16
 """Of the weights on disk. Frozen parts are rounded before anything is trained against them."""
@@ -80,7 +83,7 @@ METHOD = {
     "connectors": "trained from scratch against the same frozen parts, with the truths of the "
     "questions on training molecules, in 3D and both on those with a conformer; stage 1: a query "
     "per fact learns to write its soft token, of LLaMo the token that does it best; stage 2: the "
-    "language model's loss on answers alone",
+    "language model's loss on answers alone, which is all that MoRA learns from",
 }
 
 TEST_MOLECULES = 300
@@ -147,6 +150,8 @@ def run_recipe(
     levels = LevelTable(train, encoder)
     config = level_config(encoder, levels.num_levels, width)
     results[config["name"]] = connectors.make(config["name"], config, encoder, levels)
+    config = adapter_config(encoder.width, connectors.language_model)
+    results[config["name"]] = connectors.make(config["name"], config, encoder, features)
 
     with clock("conformers"):
         count = max(2, round(CONFORMERS * scale))
@@ -170,11 +175,11 @@ def run_recipe(
             name, config, graph_encoder, features, frozen_name=f"graph_encoder_{view}"
         )
 
-    shipped = out / "shipped"
+    made = out / "shipped"
     views = {FLAT: "graph_encoder", SPATIAL: "graph_encoder_3d"}
     share_weights(
-        shipped / "graph_encoder_both",
-        {f"graph_encoder.{view}.": shipped / name for view, name in views.items()},
+        made / "graph_encoder_both",
+        {f"graph_encoder.{view}.": made / name for view, name in views.items()},
     )
 
     data_facts = json.loads((out / "data.json").read_text())
@@ -215,7 +220,7 @@ def add_connector(
     Args:
         data: with the next, see `run_recipe`.
         out: gets checkpoints and results.
-        name: "llamo", or another connector of the recipe that reads the 2D graph encoder.
+        name: "llamo", "mora", or another connector of the recipe that reads the 2D graph encoder.
         seed: of the connector and, as of the frozen parts, of the molecules.
         processes: that read molecules.
         scale: share of molecules and steps, for a quick trial.
@@ -250,6 +255,7 @@ def add_connector(
     width = connectors.language_model.config.hidden_size
     equal = round(manifest["mean tokens of EDT-Former"])
     configs = connector_configs(encoder.width, width, equal)
+    configs[ADAPTERS["name"]] = adapter_config(encoder.width, connectors.language_model)
     if name == LEVELS["name"]:
         features = LevelTable(train, encoder)
         config = level_config(encoder, features.num_levels, width)
@@ -322,6 +328,7 @@ class _Connectors:
     ) -> None:
         self.out, self.seed, self.clock = out, seed, clock
         self.steps = (steps["stage 1"], steps["stage 2"])
+        self.adapter_steps = (0, steps["adapters"])
         self.predictor, self.guesses, self.asked = predictor, guesses, asked
         reader = LlamaForCausalLM.from_pretrained(language_model, dtype=torch.float32)
         self.language_model = reader.eval().requires_grad_(False)
@@ -360,7 +367,7 @@ class _Connectors:
                 self.bank,
                 self.out,
                 label=name,
-                steps=self.steps,
+                steps=self.adapter_steps if config["name"] == ADAPTERS["name"] else self.steps,
                 seed=self.seed,
             )
             round_weights(connector)
