@@ -115,3 +115,29 @@ def test_motifs_are_packed_and_move():
     assert batch.to("meta").motifs.values.device.type == "meta"
     with pytest.raises(ValueError, match="motifs must be one array per molecule, 2, got 1"):
         GraphBatch.pack(molecules, motifs=motif_features(molecules[:1]))
+
+
+def test_taken_molecules_are_packed_as_if_alone():
+    molecules = read_molecules(["CCO", "[Na+].[Cl-]", "c1cc[nH]c1", "C"])
+
+    def packed(rows):
+        own = [molecules[row] for row in rows]
+        places = [np.full((molecules[row].num_atoms, 3), float(row)) for row in rows]
+        return GraphBatch.pack(own, places, motifs=motif_features(own))
+
+    batch = packed(range(4))
+    for rows in ([2], [3, 0, 2], []):
+        expected, taken = packed(rows), batch.take(rows)
+        for name, value in vars(expected).items():
+            found = getattr(taken, name)
+            if name != "motifs":
+                found, value = (found,), (value,)
+            assert all(map(torch.equal, found, value)), name
+        assert taken.keys() == expected.keys() == [batch.keys()[row] for row in rows]
+
+
+def test_keys_tell_molecules_and_conformers_apart():
+    same, other = read_molecules(["CCO", "CCN"])
+    assert len(set(GraphBatch.pack([same, other, same]).keys())) == 2
+    places = [np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))]
+    assert len(set(GraphBatch.pack([same] * 3, places).keys())) == 2

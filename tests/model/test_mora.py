@@ -234,14 +234,3 @@ def test_tokens_and_adapters_are_told_apart(make_mora, make_model):
     adapters = model.adapt_molecules(["CCO"])
     with pytest.raises(TypeError, match="makes tokens, it has no adapters"), other.using(adapters):
         pass
-
-
-def test_taken_molecules_are_packed_as_if_alone():
-    molecules = read_molecules(["CCO", "[Na+].[Cl-]", "c1cc[nH]c1", "C"])
-    batch = GraphBatch.pack(molecules)
-    for rows in ([2], [3, 0, 2], []):
-        expected = GraphBatch.pack([molecules[row] for row in rows])
-        taken = batch.take(rows)
-        for name, value in vars(expected).items():
-            assert value is None or torch.equal(getattr(taken, name), value), name
-        assert taken.keys() == expected.keys() == [batch.keys()[row] for row in rows]

@@ -78,7 +78,9 @@ class Connector(nn.Module):
     Attributes:
         config: what `make_connector` needs to build this connector again.
         patch_options: the patches that `forward` wants (`sources` empty: none).
-        adapts: `forward` returns `MoleculeAdapters`, and a molecule has no token in the prompt.
+        adapts: `forward` returns `MoleculeAdapters`, and a molecule has no token in the prompt; its
+            `options` have the `widths`, the `adapted` layers and the `names` of
+            `edt_former.language.InstanceAdapters`.
         reads_levels: `forward` wants `GraphFeatures.levels`.
         reads_motifs: `forward` wants `GraphFeatures.motifs`.
     """

@@ -86,7 +86,7 @@ class InstanceAdapters:
             handle.remove()
         for module in self._language_model.modules():
             inner = getattr(module, "_gradient_checkpointing_func", None)
-            if isinstance(inner, _Checkpointed):
+            if isinstance(inner, _Checkpointed) and inner.hooks is self:
                 module._gradient_checkpointing_func = inner.inner
 
     @contextmanager
@@ -114,8 +114,8 @@ class InstanceAdapters:
             inner = getattr(module, "_gradient_checkpointing_func", None)
             if inner is None or not module.gradient_checkpointing:
                 continue
-            if isinstance(inner, _Checkpointed):
-                inner = inner.inner
+            if isinstance(inner, _Checkpointed) and inner.hooks is self:
+                continue
             options = inner.keywords if isinstance(inner, functools.partial) else {}
             if options.get("use_reentrant", False):
                 raise ValueError(
