@@ -13,7 +13,7 @@ from edt_former.language.frozen import read_json
 from edt_former.tasks import contest
 from edt_former.tasks.contest import CONTENDERS, PROPERTIES, auroc, interval, read_split
 
-RINGS = ["C1CC1", "c1ccccc1", "C1CCNC1", "c1ccncc1", "C1CCCCC1", "C1CO1"]
+RINGS = ["C1CC1", "c1ccccc1", "C1CCNC1", "c1ccncc1", "C1CCCCC1", "C1OC1"]
 CHAINS = ["C" * n + end for n in range(1, 9) for end in ("C", "N", "O")]
 
 

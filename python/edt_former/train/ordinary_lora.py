@@ -33,7 +33,7 @@ def train_ordinary_lora(folder: Path, out: Path) -> Path:
     told = read_provenance(folder)
     if told is None or told["stage"] != "stage2":
         raise ValueError(f"{folder} must be a model of the second stage, with its provenance")
-    config = build(Stage2Config, told["config"])
+    config = build(Stage2Config, {n: x for n, x in told["config"].items() if n != "kind"})
     model = build_model(config)
     if not isinstance(model.connector, MoRA):
         raise ValueError(f"the connector of {folder} must be 'mora', got {model.connector.name!r}")

@@ -36,6 +36,8 @@ ADAPTERS = {
     **{"graph_norm": True, "graph_token": True, "sum_tokens": 2},
 }
 """Of MoRA."""
+
+ADAPTER_RATE = 2e-3
 LEVELS = {
     **{"name": "llamo", "level_queries": 4, "motif_queries": 4, "width": 96, "heads": 4},
     **{"depth": 2, "sum_tokens": 4},
@@ -224,7 +226,7 @@ def train_connector(
         label: names the progress bars and the checkpoints.
         steps: of stage 1 and stage 2.
         seed: of weights and batches.
-        lr: of stage 1; stage 2 takes half.
+        lr: of stage 1; stage 2 takes half. Adapters have `ADAPTER_RATE`.
     """
     torch.manual_seed(seed)
     connector = make_connector(config)
@@ -235,13 +237,14 @@ def train_connector(
     for stage, (loss, count) in enumerate(zip((align, answer), steps, strict=True), start=1):
         if connector.adapts and loss is align:
             continue
+        rate = ADAPTER_RATE if connector.adapts else lr / stage
         fit(
             connector,
             loss,
             label=f"{label}, stage {stage}",
             checkpoint=folder / f"{label}.stage{stage}.pt",
             steps=count,
-            lr=lr / stage,
+            lr=rate,
             seed=seed + stage,
         )
     answer.close()
