@@ -218,16 +218,19 @@ class WeightGenerator(nn.Module):
 
     def forward(self, keys: Rows) -> dict[str, Tensor]:
         """A [layers, B, d_in, r] by kind."""
-        molecules = len(keys.offsets) - 1
-        x = self.queries.expand(molecules, -1, -1).flatten(0, 1)
-        offsets = every(keys.offsets, self.queries.shape[1])
-        for decoder in self.decoders:
-            x = decoder(x, offsets, keys)
-        hidden = self.norm(x).unflatten(0, (molecules, self.queries.shape[1])).transpose(0, 1)
-        parts = hidden.split(self.count)
+        parts = self.read(keys).split(self.count)
         return {
             kind: self._matrices(kind, part) for kind, part in zip(self.kinds, parts, strict=True)
         }
+
+    def read(self, keys: Rows) -> Tensor:
+        """What the queries have read of every molecule, [kinds x layers, B, width]."""
+        molecules, count = len(keys.offsets) - 1, self.queries.shape[1]
+        x = self.queries.expand(molecules, -1, -1).flatten(0, 1)
+        offsets = every(keys.offsets, count)
+        for decoder in self.decoders:
+            x = decoder(x, offsets, keys)
+        return self.norm(x).unflatten(0, (molecules, count)).transpose(0, 1)
 
     def _matrices(self, kind: str, hidden: Tensor) -> Tensor:
         """A [layers, B, d_in, r] from hidden states [layers, B, width]."""

@@ -187,7 +187,7 @@ def run_contest(
                 seconds = time.perf_counter() - begun
                 answers, unread = ask(model, told, split)
                 said.append(answers)
-                lost = forgetting(model, start.language_model, texts)
+                lost = forgetting(model, start.language_model, texts, batch_size=64)
                 runs.append({"seconds": round(seconds, 1), "unread": unread, **_plain(lost)})
             value, low, high = interval(told, np.stack(said), true)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -358,7 +358,7 @@ def auroc(scores: np.ndarray, true: np.ndarray) -> float:
     return float((sign.mean() + 1) / 2)
 
 
-def plain_texts(molecules: int = 20) -> list[str]:
+def plain_texts(molecules: int = 5) -> list[str]:
     """Questions and answers as the shipped language model knows them, without a molecule."""
     from edt_former.tasks.heldout import heldout_molecules
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import trange
 from transformers import PreTrainedModel
 
@@ -143,6 +143,26 @@ class FeatureTable:
         return features, {"entropy": patches}
 
 
+class GraphTable:
+    """What a frozen encoder says of M molecules, computed when it is asked for; no patches.
+
+    Args:
+        table: the molecules.
+        encoder: frozen.
+    """
+
+    def __init__(self, table: MoleculeTable, encoder: GraphEncoder) -> None:
+        self.table, self.encoder, self.answers = table, encoder, table.answers
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @torch.no_grad()
+    def batch(self, rows: np.ndarray) -> tuple[GraphFeatures, dict[str, Patches]]:
+        """Features of the molecules of `rows`."""
+        return self.encoder(self.table.batch(rows)), {}
+
+
 class LevelTable:
     """What every level of a frozen encoder says of M molecules, computed when it is asked for.
 
@@ -215,7 +235,8 @@ def train_connector(
     the same, any token may write any fact. Stage 2 is the language model's
     cross-entropy on answers, nothing else. Both see the truths of the questions on training
     molecules. Types of question weigh the same, and so do the two truths of a functional group.
-    A connector that makes adapters has no stage 1.
+    In stage 1 of MoRA a head, thrown away afterwards, tells the facts from what the generator's
+    queries have read.
 
     Args:
         config: of the connector.
@@ -230,16 +251,15 @@ def train_connector(
     """
     torch.manual_seed(seed)
     connector = make_connector(config)
-    align = (_FreeAlignment if config["name"] == LEVELS["name"] else _Alignment)(
+    aligned = {LEVELS["name"]: _FreeAlignment, ADAPTERS["name"]: _Telling}
+    align = aligned.get(config["name"], _Alignment)(
         connector, features, language_model.get_input_embeddings().weight, bank
     )
     answer = _Answering(connector, features, language_model, bank)
     for stage, (loss, count) in enumerate(zip((align, answer), steps, strict=True), start=1):
-        if connector.adapts and loss is align:
-            continue
         rate = ADAPTER_RATE if connector.adapts else lr / stage
         fit(
-            connector,
+            loss if isinstance(loss, nn.Module) else connector,
             loss,
             label=f"{label}, stage {stage}",
             checkpoint=folder / f"{label}.stage{stage}.pt",
@@ -324,6 +344,35 @@ class _FreeAlignment(_Alignment):
             "writers": float(len(writer.unique())),
         }
         return value, figures
+
+
+class _Telling(nn.Module):
+    """Stage 1 of MoRA: cross-entropy of the true answers, by a linear head on the queries."""
+
+    BATCH = 64
+
+    def __init__(
+        self, connector: Connector, features: Features, embedding: Tensor, bank: QuestionBank
+    ) -> None:
+        super().__init__()
+        self.connector, self.features = connector, features
+        self.impossible = torch.arange(bank.answers.shape[1]) >= bank.num_answers[:, None]
+        self.weights = question_odds(features.answers)
+        queries = sum(generator.queries.shape[1] for generator in connector.gen)
+        self.head = nn.Linear(queries * connector.options.width, bank.answers.numel())
+
+    def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = rng.choice(len(self.features), self.BATCH, replace=False)
+        truth = torch.from_numpy(self.features.answers[rows].astype(np.int64))
+        keys = self.connector.keys(self.features.batch(rows)[0])
+        read = torch.cat([generator.read(keys) for generator in self.connector.gen])
+        logits = self.head(read.transpose(0, 1).flatten(1)).unflatten(1, self.impossible.shape)
+        logits = logits.masked_fill(self.impossible, -torch.inf)
+        nats = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none")
+        weight = self.weights[torch.arange(truth.shape[1]), truth]
+        right = (logits.argmax(-1) == truth).float().mean()
+        value = (weight * nats).sum() / weight.sum()
+        return value, {"nats": nats.mean().item(), "right": right.item()}
 
 
 class _Answering:

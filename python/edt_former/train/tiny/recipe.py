@@ -42,6 +42,7 @@ from edt_former.train.tiny.connector import (
     ANCHORS,
     LEVELS,
     Features,
+    GraphTable,
     LevelTable,
     adapter_config,
     connector_configs,
@@ -68,7 +69,7 @@ STEPS = {
     "reader": 500,
     "stage 1": 2200,
     "stage 2": 300,
-    "adapters": 1500,
+    "adapters": 600,
 }
 HALF = torch.float16
 """Of the weights on disk. Frozen parts are rounded before anything is trained against them."""
@@ -82,8 +83,9 @@ METHOD = {
     "and to echo the key before the answer; frozen after it passed the gate (see reading)",
     "connectors": "trained from scratch against the same frozen parts, with the truths of the "
     "questions on training molecules, in 3D and both on those with a conformer; stage 1: a query "
-    "per fact learns to write its soft token, of LLaMo the token that does it best; stage 2: the "
-    "language model's loss on answers alone, which is all that MoRA learns from",
+    "per fact learns to write its soft token, of LLaMo the token that does it best; of MoRA a head "
+    "learns to tell the facts from the queries, and is thrown away; stage 2: the language model's "
+    "loss on answers alone",
 }
 
 TEST_MOLECULES = 300
@@ -151,7 +153,8 @@ def run_recipe(
     config = level_config(encoder, levels.num_levels, width)
     results[config["name"]] = connectors.make(config["name"], config, encoder, levels)
     config = adapter_config(encoder.width, connectors.language_model)
-    results[config["name"]] = connectors.make(config["name"], config, encoder, features)
+    graphs = GraphTable(train, encoder)
+    results[config["name"]] = connectors.make(config["name"], config, encoder, graphs)
 
     with clock("conformers"):
         count = max(2, round(CONFORMERS * scale))
@@ -256,7 +259,9 @@ def add_connector(
     equal = round(manifest["mean tokens of EDT-Former"])
     configs = connector_configs(encoder.width, width, equal)
     configs[ADAPTERS["name"]] = adapter_config(encoder.width, connectors.language_model)
-    if name == LEVELS["name"]:
+    if name == ADAPTERS["name"]:
+        config, features = configs[name], GraphTable(train, encoder)
+    elif name == LEVELS["name"]:
         features = LevelTable(train, encoder)
         config = level_config(encoder, features.num_levels, width)
     elif name in configs:
@@ -328,7 +333,7 @@ class _Connectors:
     ) -> None:
         self.out, self.seed, self.clock = out, seed, clock
         self.steps = (steps["stage 1"], steps["stage 2"])
-        self.adapter_steps = (0, steps["adapters"])
+        self.adapter_steps = (steps["stage 1"], steps["adapters"])
         self.predictor, self.guesses, self.asked = predictor, guesses, asked
         reader = LlamaForCausalLM.from_pretrained(language_model, dtype=torch.float32)
         self.language_model = reader.eval().requires_grad_(False)
