@@ -52,22 +52,19 @@ def loop(smiles: str) -> list[list[int]]:
     marked = {
         atom for p in (HETERO, MULTIPLE, ACETAL) for m in mol.GetSubstructMatches(p) for atom in m
     }
-    groups = [{atom} for atom in marked]
+    home, pairs = {atom: {atom} for atom in marked}, []
     for bond in mol.GetBonds():
+        a, b = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
         if bond.IsInRing():
             continue
-        a, b = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
         if a in marked and b in marked:
-            first = next(g for g in groups if a in g and g & marked)
-            second = next(g for g in groups if b in g and g & marked and b in g)
-            if first is not second:
-                groups.remove(second)
-                first |= second
+            joined = home[a] | home[b]
+            home |= dict.fromkeys(joined & marked, joined)
         elif a in marked or b in marked:
-            own, other = (a, b) if a in marked else (b, a)
-            next(g for g in groups if own in g and own in marked).add(other)
+            home[a if a in marked else b].update((a, b))
         else:
-            groups.append({a, b})
+            pairs.append({a, b})
+    groups = [*{id(group): group for group in home.values()}.values(), *pairs]
     kept = [g for g in groups if len(g) > 1 or not mol.GetAtomWithIdx(min(g)).IsInRing()]
     return [encoded(mol, group) for group in (*kept, *rings)]
 

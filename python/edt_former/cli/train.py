@@ -100,7 +100,7 @@ def _add_ablation(recipes: argparse._SubParsersAction) -> None:
     ablation.add_argument("--seeds", type=int, default=2, help="of each projector")
     ablation.add_argument("--processes", type=int, default=2, help="for reading molecules")
     ablation.add_argument(
-        "--scale", type=float, default=0.2, help="share of the recipe's molecules"
+        "--scale", type=float, default=0.1, help="share of the recipe's molecules"
     )
 
 

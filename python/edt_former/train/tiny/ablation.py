@@ -85,7 +85,7 @@ def run_ablation(
     *,
     seeds: int = 2,
     processes: int = 2,
-    scale: float = 0.2,
+    scale: float = 0.1,
 ) -> dict[str, dict[str, Result]]:
     """Trains every projector on the questions of the recipe and on one property, from scratch.
 
