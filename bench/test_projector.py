@@ -7,6 +7,7 @@ import torch
 
 from bench.contest import OURS, Contender, Task, Work
 from bench.layouts import padded, real_rows
+from bench.pictures import MEMORY, SIZE
 from bench.projectors import (
     HEADS,
     LEVELS,
@@ -23,6 +24,7 @@ from bench.projectors import (
 )
 from bench.workloads import SMALL
 
+PLAIN = "MLP, a token per atom"
 SIZES = (5, 10, 20, 40, 75, 150, 300)
 
 
@@ -68,7 +70,7 @@ def test_size(contest, size):
         )
         contenders = [
             Contender(OURS, lambda: tokens(projector(dtype), given, offsets), truths[:1]),
-            Contender("MLP, a token per atom", lambda: plain(dtype)(given[-1]), truths[1:]),
+            Contender(PLAIN, lambda: plain(dtype)(given[-1]), truths[1:]),
         ]
         weights = sum(p.numel() for p in projector(dtype).net.parameters() if p.dim() == 2)
         outcome = contest(
@@ -79,9 +81,8 @@ def test_size(contest, size):
             work=Work(sum(x.nbytes for x in given), 2.0 * weights * len(truths[0])),
             budget=1.0,
         )
-    outcome.extra["atoms per molecule"] = size
-    outcome.extra["tokens per molecule"] = LEVELS * QUERIES
-    for kind, name in (("levels", "projector"), ("plain", "MLP")):
-        bytes_ = peak(kind, size)
-        if bytes_ is not None:
-            outcome.extra[f"MB of a training step, {name}"] = round(bytes_ / 1e6, 1)
+    outcome.extra[SIZE] = size
+    for kind, name in (("levels", OURS), ("plain", PLAIN)):
+        taken = peak(kind, size)
+        if taken is not None:
+            outcome.extra[f"{MEMORY}{name}"] = round(taken / 1e6, 1)

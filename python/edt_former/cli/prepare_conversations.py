@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edt_former.tasks.conversations import Written
+    from collections.abc import Iterable, Iterator
+
+    from tqdm import tqdm
+
+    from edt_former.tasks.conversations import Context, Written
 
 KEY = "OPENAI_API_KEY"
 
@@ -97,7 +101,7 @@ def _write(args: argparse.Namespace) -> Written:
         return generate(contexts, args.out, endpoint, **options)
 
 
-def _counted(contexts, bar):
+def _counted(contexts: Iterable[Context], bar: tqdm) -> Iterator[Context]:
     for context in contexts:
         yield context
         bar.update()
