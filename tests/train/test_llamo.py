@@ -43,11 +43,12 @@ def test_two_stages(prepared_data, conversations, miniature, tmp_path):
     lora = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
     second = finetune(runs.finetune(tmp_path / "second", conversations, first, lora=lora))
     before, after = (load_file(made / "model.safetensors") for made in (first, second))
-    moved = {n for n, x in before.items() if not torch.equal(after[n], x)}
+    projector = [name for name in before if name.startswith("connector.")]
+    moved = {name for name in projector if not torch.equal(after[name], before[name])}
     assert any(name.startswith("connector.motif") for name in moved)
-    assert {n.split(".")[-2] for n in after if "lora_" in n} <= {"default", "lora_A", "lora_B"}
     assert all("q_proj" in n or "v_proj" in n for n in after if "lora_" in n)
     again = MoleculeLM.from_pretrained(second)
+    assert again.config.lora["rank"] == 2
     assert len(again.answer(["CCO", "C"], "What is it?", max_new_tokens=2)) == 2
 
 

@@ -48,10 +48,10 @@ PROJECTORS: Mapping[str, Mapping[str, object]] = {
 """By what a table calls them, what differs from the published projector. All but the one without
 motifs write as many tokens."""
 
-STEPS = (300, 60)
+STEPS = (200, 30)
 """Of the two stages on the questions."""
-REAL_STEPS, REAL_BATCH = 300, 64
-ASKED = 300
+REAL_STEPS, REAL_BATCH = 200, 64
+ASKED = 150
 """Known drugs that are asked about."""
 BATCH = 32
 TEST_SHARE = 20
