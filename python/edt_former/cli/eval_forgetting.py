@@ -13,9 +13,8 @@ if TYPE_CHECKING:
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
     parser = commands.add_parser(
-        "eval-forgetting",
-        prog="edt eval forgetting",
-        help="the language model's loss on plain text, before and after (edt eval forgetting)",
+        "eval forgetting",
+        help="the language model's loss on plain text, before and after training",
         description="The loss of the frozen language model on plain text, and with all that was "
         "trained attached: with a connector it is the same to the bit, with LoRA it is not.",
         epilog="example: edt eval forgetting runs/mora/model --text wiki.txt --lora runs/lora",
