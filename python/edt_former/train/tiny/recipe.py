@@ -70,7 +70,6 @@ STEPS = {
     "stage 1": 2200,
     "stage 2": 300,
     "MoRA, stage 1": 1000,
-    "MoRA, stage 2": 500,
 }
 HALF = torch.float16
 """Of the weights on disk. Frozen parts are rounded before anything is trained against them."""
@@ -334,7 +333,7 @@ class _Connectors:
     ) -> None:
         self.out, self.seed, self.clock = out, seed, clock
         self.steps = (steps["stage 1"], steps["stage 2"])
-        self.adapter_steps = (steps["MoRA, stage 1"], steps["MoRA, stage 2"])
+        self.adapter_steps = (steps["MoRA, stage 1"], steps["stage 2"])
         self.predictor, self.guesses, self.asked = predictor, guesses, asked
         reader = LlamaForCausalLM.from_pretrained(language_model, dtype=torch.float32)
         self.language_model = reader.eval().requires_grad_(False)
