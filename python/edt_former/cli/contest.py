@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/contest"), metavar="DIR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="N")
-    parser.add_argument("--steps", type=int, default=250, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="(default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -137,7 +137,7 @@ def run_contest(
     out: Path,
     *,
     seeds: Sequence[int] = (0, 1),
-    steps: int = 250,
+    steps: int = 150,
     properties: Sequence[str] = tuple(PROPERTIES),
     contenders: Sequence[str] = CONTENDERS,
     progress: Callable[[str], object] = lambda _: None,
