@@ -104,9 +104,10 @@ def instance_lora(
         x: [..., d_in], float32, bfloat16, float16 or float64: T rows, counted in their order. A
             padded batch [B, L, d_in] has offsets 0, L, 2 L, ...; a step of decoding [B, d_in] has
             0, 1, 2, ...
-        a: [B, d_in, r], d_in and r >= 1, the dtype of `x`. Several molecules of one text: their A summed,
-            or, where their B differ, side by side along r as the B are. A text without a molecule
-            has zeros, which leave its (finite) rows of the base as they are, to the bit.
+        a: [B, d_in, r], the dtype of `x`; d_in and r are at least 1. Several molecules of one text:
+            their A summed, or, where their B differ, side by side along r as the B are. A text
+            without a molecule has zeros, which leave its rows of the base as they are, to the bit,
+            where `x` and `b` are finite.
         b: [d_out, r], the dtype of `x`.
         offsets: [B + 1], int32 or int64: rows offsets[m] to offsets[m+1] have A_m. Rows beyond the
             last have no adapter: `x` is not read there, its gradient is 0, and the output is the
