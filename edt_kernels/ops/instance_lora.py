@@ -163,8 +163,8 @@ def instance_lora_many(
     recorded they are single calls.
 
     Args:
-        x: one tensor [..., d_in] per layer, or one tensor again and again; every one has the T
-            rows of `offsets`.
+        x: one tensor [..., d_in] per layer, or one tensor again and again; at least one. Every one
+            has the T rows of `offsets`.
         a: one tensor [B, d_in, r] per layer; widths and ranks may differ from layer to layer.
         b: one tensor [d_out, r] per layer.
         offsets: [B + 1], of all layers.
@@ -242,6 +242,8 @@ def _check_arguments(
 def _check_layers(
     x: tuple, a: tuple, b: tuple, offsets: object, scale: object, base: tuple
 ) -> None:
+    if not x:
+        raise ValueError("x must have at least one layer, got none")
     for name, value in (("a", a), ("b", b), ("base", base)):
         if len(value) != len(x):
             raise ValueError(

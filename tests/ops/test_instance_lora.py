@@ -347,9 +347,8 @@ def test_many_are_single_calls(dtype, recorded):
             assert out.requires_grad == alone.requires_grad
 
 
-def test_many_of_none_and_of_one():
+def test_many_of_one():
     (x, a, b, base), offsets = batch()
-    assert instance_lora_many([], [], [], offsets) == []
     (one,) = instance_lora_many([x], [a], [b], offsets, base=[base])
     assert torch.equal(one, instance_lora(x, a, b, offsets, base=base))
 
@@ -450,6 +449,8 @@ def test_wrong_shapes_and_contents(changes, message):
 
 def test_wrong_layers():
     (x, a, b, base), offsets = batch()
+    with pytest.raises(ValueError, match="x must have at least one layer, got none"):
+        instance_lora_many([], [], [], offsets)
     with pytest.raises(ValueError, match="a must have one entry per layer, got 1 for 2 of x"):
         instance_lora_many([x, x], [a], [b, b], offsets)
     with pytest.raises(ValueError, match=r"b\[1\] must have .* r = 3"):
