@@ -44,18 +44,21 @@ _lora = define(
     " -> (Tensor, Tensor)",
     reference=reference.instance_lora,
     fake=_fake,
+    triton="instance_lora:instance_lora",
 )
 _lora_bwd = define(
     "instance_lora_bwd(Tensor grad, Tensor x, Tensor a, Tensor b, Tensor shrunk, Tensor offsets,"
     " float scale, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
     reference=reference.instance_lora_bwd,
     fake=_fake_bwd,
+    triton="instance_lora:instance_lora_bwd",
 )
 _lora_many = define(
     "instance_lora_many(Tensor[] x, Tensor[] a, Tensor[] b, Tensor offsets, float scale,"
     " Tensor?[] base) -> Tensor[]",
     reference=reference.instance_lora_many,
     fake=_fake_many,
+    triton="instance_lora:instance_lora_many",
 )
 
 

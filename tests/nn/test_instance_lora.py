@@ -16,7 +16,7 @@ def batch(dtype=torch.float32):
     lengths = (3, 0, 4)
     x, offsets = ragged(lengths, 6, tail=1, dtype=dtype)
     base, _ = ragged(lengths, 5, tail=1, dtype=dtype, seed=1)
-    a, _ = ragged(lengths[:0], 6, 2, tail=3, dtype=dtype, seed=2)
+    a, _ = ragged((), 6, 2, tail=3, dtype=dtype, seed=2)
     return x, a, offsets, base
 
 
