@@ -244,13 +244,13 @@ def _expand_kernel(
                     *(bases[k], outs[k], tail, rows, widths[k], program, programs, column),
                     *(BLOCK_N, BLOCK_D),
                 )
-                if shrunks is not None:
-                    if tl.program_id(1) == 0:
-                        for block in tl.static_range(RANKS):
-                            zero_rows(
-                                *(shrunks[k], tail, rows, ranks[k], program, programs),
-                                *(block * BLOCK_R, BLOCK_N, BLOCK_R),
-                            )
+                if shrunks is not None:  # by the programs of the first columns
+                    begin = tl.where(column == 0, tail, rows)
+                    for block in tl.static_range(RANKS):
+                        zero_rows(
+                            *(shrunks[k], begin, rows, ranks[k], program, programs),
+                            *(block * BLOCK_R, BLOCK_N, BLOCK_R),
+                        )
         return
     molecule, first, end = _block_of(slot, offsets_ptr, molecules, steps, BLOCK_N)
     if first >= end:
@@ -266,13 +266,13 @@ def _expand_kernel(
                     *(RANKS, SPANS, FACTOR, ACC, PRECISION, BLOCK_N, BLOCK_R, BLOCK_D),
                 )
             if shrunks is not None:
-                if tl.program_id(1) == 0:
-                    for block in tl.static_range(RANKS):
-                        shrunk, place, inside = _sum_spans(
-                            *(parts[k], row, row < end, block * BLOCK_R + tl.arange(0, BLOCK_R)),
-                            *(rows, ranks[k], SPANS, ACC, BLOCK_N, BLOCK_R),
-                        )
-                        tl.store(shrunks[k] + place, shrunk, inside)
+                stored = (row < end) & (column == 0)
+                for block in tl.static_range(RANKS):
+                    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+                    shrunk, place, inside = _sum_spans(
+                        *(parts[k], row, stored, r, rows, ranks[k], SPANS, ACC, BLOCK_N, BLOCK_R)
+                    )
+                    tl.store(shrunks[k] + place, shrunk, inside)
 
 
 @triton.jit(do_not_specialize=["molecules", "part_rows"])
