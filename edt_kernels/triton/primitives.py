@@ -18,7 +18,7 @@ def precision(dtype: torch.dtype) -> str:
         return "ieee"
     if dtype == torch.float16:
         return "tf32"
-    return {"highest": "ieee", "high": "tf32x3"}.get(torch.get_float32_matmulprecision(), "tf32")
+    return {"highest": "ieee", "high": "tf32x3"}.get(torch.get_float32_matmul_precision(), "tf32")
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:

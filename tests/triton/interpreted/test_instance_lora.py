@@ -121,7 +121,7 @@ def test_many_layers_of_different_widths_and_ranks():
     assert all(map(torch.equal, found, singles))
 
 
-@pytest.mark.parametrize("wanted", itertools.product((True, False), repeat=3), ids=str)
+@pytest.mark.parametrize("wanted", list(itertools.product((True, False), repeat=3)), ids=str)
 def test_only_the_gradients_that_are_wanted(wanted):
     inputs, offsets = batch()
     every = ours(inputs, offsets)[1:]
