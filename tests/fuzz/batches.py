@@ -46,7 +46,8 @@ def draw(rng: Random, op: str | None = None) -> Call:
     """A legal call, of one op if it is named."""
     call = OPS[op or rng.choice(list(OPS))](rng)
     floats = [name for name, x in call.tensors.items() if x.is_floating_point()]
-    return replace(call, grads=tuple(name for name in floats if rng.random() < 0.6))
+    chance = rng.choice((0, 0.6, 0.6))
+    return replace(call, grads=tuple(name for name in floats if rng.random() < chance))
 
 
 def spoil(rng: Random, call: Call) -> Call:
@@ -414,6 +415,34 @@ def _insert(rng: Random) -> Call:
     return Call("insert", run, tensors)
 
 
+def _layers(rng: Random, number: int) -> Call:
+    """Adapters of one linear layer, or of several on the same rows."""
+    lengths, tail, dtype = _lengths(rng, rng.choice((0, 1, 2, 5))), _tail(rng), _dtype(rng)
+    scale = rng.choice((1.0, 0.25, -2.0))
+    d_in = _width(rng)
+    tensors = {"offsets": _offsets(rng, lengths)}
+    for i in range(number):
+        r, d_out = rng.choice((1, 3, 8, 16, 17)), _width(rng)
+        tensors[f"x{i}"] = _values(rng, dtype, sum(lengths), d_in, tail=tail)
+        tensors[f"a{i}"] = _values(rng, dtype, len(lengths), d_in, r, scale=d_in**-0.5)
+        tensors[f"b{i}"] = _values(rng, dtype, d_out, r)
+        if rng.random() < 0.6:
+            tensors[f"base{i}"] = _values(rng, dtype, sum(lengths) + tail, d_out)
+
+    def run(t: Tensors) -> Tensors:
+        x, a, b, base = (
+            [t.get(f"{name}{i}") for i in range(number)] for name in ("x", "a", "b", "base")
+        )
+        if number == 1:
+            one = ek.instance_lora(x[0], a[0], b[0], t["offsets"], scale=scale, base=base[0])
+            return {"out0": one}
+        found = ek.instance_lora_many(x, a, b, t["offsets"], scale=scale, base=base)
+        return {f"out{i}": out for i, out in enumerate(found)}
+
+    op = "instance_lora" if number == 1 else "instance_lora_many"
+    return Call(op, run, tensors, options=f"scale={scale}")
+
+
 OPS: dict[str, Callable[[Random], Call]] = {
     "entropy": _entropy,
     "linear_entropy": _linear_entropy,
@@ -426,4 +455,6 @@ OPS: dict[str, Callable[[Random], Call]] = {
     "ragged_cat": _ragged_cat,
     "splice": _splice,
     "insert": _insert,
+    "instance_lora": lambda rng: _layers(rng, 1),
+    "instance_lora_many": lambda rng: _layers(rng, rng.choice((2, 3))),
 }
