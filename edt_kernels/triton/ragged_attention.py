@@ -633,7 +633,7 @@ _FORWARD = {
     (2, 128): (Tiles(64, 64, 32, 4), Tiles(64, 32, 16, 4)),
     (2, 256): (Tiles(32, 32, 32, 8), Tiles(32, 32, 32, 8)),
     (4, 16): (Tiles(64, 32, 32, 4), Tiles(32, 32, 32, 4)),
-    (4, 32): (Tiles(64, 32, 32, 8), Tiles(32, 32, 32, 4)),
+    (4, 32): (Tiles(64, 32, 32, 8), Tiles(64, 32, 16, 8)),
     (4, 64): (Tiles(64, 32, 32, 8), Tiles(64, 32, 16, 8)),
     (4, 128): (Tiles(32, 32, 32, 8), Tiles(32, 32, 16, 8)),
     (4, 256): (Tiles(16, 16, 16, 8), Tiles(16, 16, 16, 8)),
@@ -643,10 +643,10 @@ _BACKWARD = {
     (2, 64): (Tiles(64, 64, 32, 4), Tiles(64, 32, 16, 4)),
     (2, 128): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
     (2, 256): (Tiles(16, 32, 16, 4), Tiles(16, 32, 16, 4)),
-    (4, 16): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
-    (4, 32): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
-    (4, 64): (Tiles(64, 32, 16, 8, 4), Tiles(16, 16, 16, 8)),
-    (4, 128): (Tiles(32, 32, 16, 8, 4), Tiles(16, 16, 16, 8)),
+    (4, 16): (Tiles(64, 32, 16, 8), Tiles(32, 32, 16, 4)),
+    (4, 32): (Tiles(64, 32, 16, 8), Tiles(32, 32, 16, 4, 2)),
+    (4, 64): (Tiles(64, 32, 16, 8, 4), Tiles(32, 32, 16, 8, 4)),
+    (4, 128): (Tiles(32, 32, 16, 8, 4), Tiles(16, 16, 16, 8, 4)),
     (4, 256): (Tiles(16, 16, 16, 8, 4), Tiles(16, 16, 16, 8, 4)),
     **{(8, d): (Tiles(16, 16, 16, 4), Tiles(16, 16, 16, 4)) for d in (16, 32, 64, 128, 256)},
 }
@@ -863,9 +863,9 @@ def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configu
             call = (q, None, q, k, k, lse, *options[:-1])
             yield Configuration(name, ragged_attention_bwd, call)
 
-    for width in sorted({width for size, width in _FORWARD if size == dtype.itemsize}):
-        yield from calls(f"pairs-{width}", width, pairs=True)
-        yield from calls(str(width), width)
     yield from calls("causal-64", 64, causal=True)
     yield from calls("grouped-64", 64, kv_heads=4)
-    yield from calls("64", 64)
+    widths = {width for size, width in _FORWARD if size == dtype.itemsize}
+    for width in (*sorted(widths - {64}), 64):
+        yield from calls(f"pairs-{width}", width, pairs=True)
+        yield from calls(str(width), width)
