@@ -26,6 +26,7 @@ from bench.gpu import (
     connector,
     few,
     graphs,
+    kernels,
     machine,
     memory_bound,
     summary,
@@ -35,18 +36,20 @@ from bench.gpu.run import CRASHED, Run
 
 SECTIONS = {
     "machine": (machine.run, 15),
-    "checks": (checks.run, 150),
+    "kernels": (kernels.run, 75),
+    "checks": (checks.run, 100),
     "graphs": (graphs.run, 40),
-    "attention": (attention.run, 100),
+    "attention": (attention.run, 90),
     "memory_bound": (memory_bound.run, 65),
-    "connector": (connector.run, 50),
-    "few": (few.run, 35),
+    "connector": (connector.run, 45),
+    "few": (few.run, 30),
     "bulk": (bulk.run, 20),
     "compiling": (compiling.run, 60),
 }
 """With seconds for each, which a section looks at between two items."""
 
 MOST_CRASHES = 5
+STALLED = 120  # seconds without a word after which a process is ended: a kernel that never ends
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"), help="folder")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script out")
     parser.add_argument("--tiny", action="store_true", help="everything small, once")
-    parser.add_argument("--minutes", type=float, default=8.5, help="for all sections together")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all sections together")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--assert-goals", action="store_true", help="a missed goal is a failure")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of the working process
@@ -71,20 +74,33 @@ def main(arguments: list[str] | None = None) -> int:
         (options.out / f"{name}.json").unlink(missing_ok=True)
     until = time.time() + 60 * options.minutes
     given = sys.argv[1:] if arguments is None else arguments
-    crashes = work_in_processes([*given, "--until", str(until)])
+    crashes = work_in_processes([*given, "--until", str(until)], options.out)
     return conclude(options.out, crashes, assert_goals=options.assert_goals)
 
 
-def work_in_processes(arguments: list[str]) -> int:
+def work_in_processes(arguments: list[str], folder: Path) -> int:
     """Works in one process, and after a crash in another; how often that happened."""
     for crashes in range(MOST_CRASHES):
-        status = subprocess.run([sys.executable, "-m", "bench.gpu", *arguments]).returncode
+        status = one_process([sys.executable, "-m", "bench.gpu", *arguments], folder)
         if status == 0:
             return crashes
         sys.stdout.write(f"\n-- the process ended with status {status}\n")
         if status != CRASHED and status > 0:  # Python's own: the next one would end alike
             return crashes + 1
     return MOST_CRASHES
+
+
+def one_process(command: list[str], folder: Path, stalled: int = STALLED) -> int:
+    """Its exit status; it is ended when it has not written to `folder` for so many seconds."""
+    process, quiet, last = subprocess.Popen(command), 0, 0.0
+    while quiet < stalled:
+        try:
+            return process.wait(1)
+        except subprocess.TimeoutExpired:
+            newest = max((f.stat().st_mtime for f in folder.glob("*.json")), default=0.0)
+            quiet, last = (0 if newest != last else quiet + 1), newest
+    process.kill()
+    return process.wait()
 
 
 def work(options: argparse.Namespace) -> None:

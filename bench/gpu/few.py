@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 
@@ -18,6 +17,7 @@ from bench.gpu.pipeline import Batch, Pipeline
 from bench.gpu.run import Run, Section
 from bench.layouts import padded_heads
 from bench.workloads import HEAD_WIDTH, HEADS, TRAIN_4, TRAIN_48, Workload, rows
+from edt_kernels import _library
 
 WIDTH = HEADS * HEAD_WIDTH
 VOCABULARY = 38
@@ -125,16 +125,10 @@ def _backends(run: Run, section: Section, workload: Workload) -> None:
     }
     for op, arguments in calls.items():
         native = partial(getattr(torch.ops.edt, op).default, *arguments)
-        triton = partial(_triton(op), *arguments)
+        triton = partial(_library.LAUNCHERS[op](), *arguments)
         _agree(f"{op} of CUDA C++, beside Triton's,", native(), triton())
         steps = {"CUDA C++": native, "Triton": triton}
         _times(run, section, f"{op} by backend, {workload.name}", steps)
-
-
-def _triton(op: str) -> Callable[..., object]:
-    """The Triton launcher of an op, which takes what the op takes."""
-    module = importlib.import_module(f"edt_kernels.triton.{op.removesuffix('_bwd')}")
-    return getattr(module, op)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

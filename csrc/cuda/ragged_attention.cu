@@ -64,7 +64,8 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   return x;
 }
 
-// An op of pairs and dropout, which takes float64 too. Returns what is left on its stack.
+// An op of pairs and dropout, which takes float64 too, on any GPU. Returns what is left on its
+// stack.
 template <class... Arguments>
 auto call(const char* op, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
@@ -74,11 +75,24 @@ auto call(const char* op, const Arguments&... arguments) {
 
 Tensor tensor(StableIValue value) { return torch::stable::detail::to<Tensor>(value); }
 
+// Whether a kernel here has the type, and its blocks fit the GPU. KERNEL<T>: with its tiles.
+template <template <class> class KERNEL>
+bool is_served(ScalarType dtype, const Launcher& launch) {
+  if (dtype == ScalarType::Double) return false;
+  bool fits = false;
+  with_type(dtype, [&](auto number) {
+    using T = decltype(number);
+    fits = launch.holds(KERNEL<T>::kTiles * kTileBytes<T>);
+  });
+  return fits;
+}
+
 std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor q_offsets,
                                             Tensor k_offsets, bool causal,
                                             std::optional<double> scale) {
   check_inputs(q, k, v, q_offsets, k_offsets);
-  if (q.scalar_type() == ScalarType::Double) {
+  const Launcher launch(q);
+  if (!is_served<Forward>(q.scalar_type(), launch)) {
     const auto found = call("edt::ragged_attention_general", q, k, v, std::nullopt, std::nullopt,
                             q_offsets, k_offsets, causal, scale, 0.0, false);
     tensor(found[2]);
@@ -92,7 +106,6 @@ std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor
   Attention x = describe(q, k, v, lse, q_offsets, k_offsets, causal, scale);
   x.out = rows_of(out);
   const int64_t blocks = x.molecules * x.heads + kTailBlocks;
-  const Launcher launch(q);
   with_type(q.scalar_type(), [&](auto number) {
     using T = decltype(number);
     launch(ragged_attention_forward<T>, blocks, kThreads, Forward<T>::kTiles * kTileBytes<T>, x);
@@ -105,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(Tensor grad, std::option
                                                         Tensor q_offsets, Tensor k_offsets,
                                                         bool causal, std::optional<double> scale) {
   check_inputs(q, k, v, q_offsets, k_offsets);
-  if (q.scalar_type() == ScalarType::Double) {
+  const Launcher launch(q);
+  if (!is_served<Backward>(q.scalar_type(), launch)) {
     const auto found =
         call("edt::ragged_attention_general_bwd", grad, grad_lse, std::nullopt, q, k, v,
              std::nullopt, std::nullopt, lse, q_offsets, k_offsets, causal, scale, 0.0);
@@ -129,7 +143,6 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(Tensor grad, std::option
   x.row_sums = static_cast<float*>(row_sums.data_ptr());
   x.aligned = x.aligned && is_aligned(grad);
   const int64_t blocks = x.molecules * x.kv_heads + kTailBlocks;
-  const Launcher launch(q);
   with_type(q.scalar_type(), [&](auto number) {
     using T = decltype(number);
     launch(ragged_attention_backward<T>, blocks, kThreads, Backward<T>::kTiles * kTileBytes<T>, x);

@@ -21,6 +21,13 @@ class Launcher {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
+  // Whether a block can have so many bytes of shared memory: GPUs of one generation differ.
+  bool holds(int shared) const {
+    int most = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
+    return shared <= most;
+  }
+
   // kernel<<<blocks, threads, shared bytes>>>(arguments); nothing for no blocks.
   template <class... Parameters>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,

@@ -57,6 +57,10 @@ PROCESSOR_FILE = "processor.json"
 TOKENIZER_FILE = "tokenizer_config.json"
 
 
+class TooLongError(ValueError):
+    """A row has more tokens than the language model reads."""
+
+
 class PatchSets:
     """`Patches` by source ("brics", "entropy"), of one batch of molecules.
 
@@ -344,8 +348,8 @@ class MoleculeProcessor:
                 and something is left to learn.
 
         Raises:
-            ValueError: as `__call__`; a row has nothing to learn; the tokenizer cannot tell where
-                its tokens are in a text.
+            TooLongError: a row is too long, or has nothing to learn.
+            ValueError: as `__call__`; the tokenizer cannot tell where its tokens are in a text.
 
         Example:
             >>> import edt_former
@@ -630,7 +634,7 @@ class MoleculeProcessor:
         if truncate and self.max_length is not None:
             full = [_cut(ids, self.mol_token_id, self.max_length) for ids in full]
             flags = [own[: len(ids)] for own, ids in zip(flags, full, strict=True)]
-        self._check_lengths(full)
+        self._check_lengths(full, flags if truncate else None)
         data = {
             "input_ids": _padded(full, self._pad_id, side),
             "attention_mask": _padded([[1] * len(row) for row in full], 0, side),
@@ -646,12 +650,17 @@ class MoleculeProcessor:
             data["labels"] = _padded(labels, IGNORED_LABEL, side)
         return ModelInputs(data)
 
-    def _check_lengths(self, rows: list[list[int]]) -> None:
+    def _check_lengths(self, rows: list[list[int]], learned: list[list[bool]] | None) -> None:
         for index, row in enumerate(rows):
             if self.max_length is not None and len(row) > self.max_length:
-                raise ValueError(
+                raise TooLongError(
                     f"row {index} is {len(row)} tokens long ({row.count(self.mol_token_id)} of "
                     f"them molecule tokens), the language model reads at most {self.max_length}"
+                )
+            if learned is not None and not any(learned[index]):
+                raise TooLongError(
+                    f"row {index} has nothing to learn in its first {len(row)} tokens "
+                    f"({row.count(self.mol_token_id)} of them molecule tokens)"
                 )
 
     def _patches(self, molecules: list[Molecule], graph: GraphBatch) -> tuple[PatchSets, list[int]]:

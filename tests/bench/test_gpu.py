@@ -14,7 +14,7 @@ import torch
 import edt_kernels
 from bench.contest import Entry, Outcome, Ratio, Task, Work, WrongResultError
 from bench.gpu import __main__ as script
-from bench.gpu import checks, contests, few, machine, summary
+from bench.gpu import checks, contests, few, kernels, machine, summary
 from bench.gpu.bulk import chains
 from bench.gpu.cases import Call, cases
 from bench.gpu.clock import HostClock
@@ -61,6 +61,13 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     assert "torch finds no GPU" in capsys.readouterr().err
 
 
+def test_neither_rdkit_nor_transformers_is_needed():
+    hide = "import sys; sys.modules['rdkit'] = sys.modules['transformers'] = None\n"
+    code = f"{hide}import bench.gpu.__main__"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 BROKEN = {
     "wrong values": (checks.correct, lambda x, *_: 1.001 * x),
     "wrong gradients": (checks.correct, lambda x, *_: x + (x - x.detach()) / 100),
@@ -95,6 +102,12 @@ def test_every_case_is_correct_on_a_cpu(name):
 def test_every_op_has_a_case():
     ops = set(edt_kernels.__all__) & {*edt_kernels.build_info()["ops"], "pool_by_id"}
     assert ops == {name.split(",")[0] for name in CASES} & ops
+
+
+def test_every_call_is_compiled_in_some_part():
+    parts = [kernels.compile_part(part, 50, CPU) for part in (0, 49)]
+    whole = len(CASES) * len(checks.DTYPES)
+    assert parts == [len(range(part, whole, 50)) for part in (0, 49)]
 
 
 def test_picked_molecules_keep_their_rows():
@@ -147,15 +160,18 @@ def test_a_crash_costs_the_item_that_crashed(run, section):
         pytest.param([CRASHED] * 9, script.MOST_CRASHES, script.MOST_CRASHES, id="only crashes"),
     ],
 )
-def test_another_process_goes_on_after_a_crash(monkeypatch, statuses, crashes, started):
+def test_another_process_goes_on_after_a_crash(monkeypatch, tmp_path, statuses, crashes, started):
     left = list(statuses)
 
-    def start(command):
-        return subprocess.CompletedProcess(command, left.pop(0))
-
-    monkeypatch.setattr(script.subprocess, "run", start)
-    assert script.work_in_processes([]) == crashes
+    monkeypatch.setattr(script, "one_process", lambda command, folder: left.pop(0))
+    assert script.work_in_processes([], tmp_path) == crashes
     assert len(statuses) - len(left) == started
+
+
+def test_a_process_that_says_nothing_is_ended(tmp_path):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
+    assert script.one_process(sleeps, tmp_path, stalled=2) < 0
+    assert script.one_process([sys.executable, "-c", "raise SystemExit(3)"], tmp_path) == 3
 
 
 def square(x):

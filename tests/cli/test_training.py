@@ -112,6 +112,14 @@ def test_a_recipe_is_checked_and_values_can_be_set(edt, fails, made, tmp_path):
     )
 
 
+def test_a_recipe_of_the_package_has_a_name(fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = fails("train", "stage1", "--config", "captions_stage1")
+    assert message == "prepared data in data/captions are not there: no data.json"
+    message = fails("train", "stage1", "--config", "captions_stage9")
+    assert message.startswith("a recipe must be one of captions_language, captions_stage1, ")
+
+
 def test_eval_retrieves(edt, made, tmp_path):
     results = tmp_path / "scores.json"
     arguments = ("--data", made / "data", "--batch-size", 16, "--rerank", 4, "--out", results)

@@ -43,6 +43,7 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -69,11 +70,17 @@ void wait_for_block();
 // Of the block that runs.
 unsigned char* shared_memory();
 
+// The launch fails where an address is no multiple of 16 bytes.
+void must_be_aligned(const void* address, const char* what);
+
 // Copies at the next wait_for_copies of this thread; `bytes` of 16, then zeros.
 void copy_later(void* to, const void* from, int bytes);
 void copy_now();
 
-// Largest dynamic shared memory that was asked for by `allow`, by kernel.
+// Bytes of shared memory that a block can have.
+extern int most_shared;
+
+// Lets a kernel have so many bytes of dynamic shared memory.
 cudaError_t allow(const void* kernel, int bytes);
 cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
                    const std::function<void()>& thread);
@@ -135,6 +142,11 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulated::most_shared;
+  return cudaSuccess;
+}
 
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {

@@ -151,9 +151,14 @@ void wait_for_block() {
 
 unsigned char* shared_memory() { return shared->data(); }
 
+void must_be_aligned(const void* address, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % 16)
+    fail(std::string(what) + " is not aligned to 16 bytes");
+}
+
 void copy_later(void* to, const void* from, int bytes) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
-    fail("an asynchronous copy of 16 bytes is not aligned to them");
+  must_be_aligned(to, "the target of an asynchronous copy");
+  must_be_aligned(from, "the source of an asynchronous copy");
   if (bytes < 0 || bytes > 16)
     fail("an asynchronous copy of 16 bytes has " + std::to_string(bytes));
   block->threads[block->running].copies.push_back({to, from, bytes});
@@ -168,9 +173,10 @@ void copy_now() {
   copies.clear();
 }
 
+int most_shared = 163 << 10;  // of sm_80
+
 cudaError_t allow(const void* kernel, int bytes) {
-  constexpr int kMost = 163 << 10;  // of sm_80
-  if (bytes > kMost) return cudaErrorInvalidValue;
+  if (bytes > most_shared) return cudaErrorInvalidValue;
   allowed[kernel] = bytes;
   return cudaSuccess;
 }
@@ -201,6 +207,11 @@ extern "C" {
 // Which thread runs next is drawn from here.
 __attribute__((visibility("default"))) void edt_emulated_order(uint32_t seed) {
   emulated::chance.seed(seed);
+}
+
+// Bytes of shared memory that a block can have.
+__attribute__((visibility("default"))) void edt_emulated_shared(int bytes) {
+  emulated::most_shared = bytes;
 }
 
 // Why the last launch failed.

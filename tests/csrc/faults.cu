@@ -38,13 +38,19 @@ __global__ void not_aligned(int* out) {
   edt::wait_for_copies();
 }
 
+__global__ void matrix_not_aligned(int* out) {
+  uint32_t found[2];
+  edt::load_matrices<false>(found, edt::dynamic_shared() + 20 * (threadIdx.x % 16));
+  out[threadIdx.x] = static_cast<int>(found[0]);
+}
+
 __global__ void uninitialised(int* out) {
   out[threadIdx.x] = reinterpret_cast<int*>(edt::dynamic_shared())[threadIdx.x];
 }
 
 using Kernel = void (*)(int*);
-constexpr Kernel kernels[] = {no_barrier, half_a_barrier, half_a_shuffle, two_places,
-                              no_wait,    not_aligned,    uninitialised};
+constexpr Kernel kernels[] = {no_barrier, half_a_barrier, half_a_shuffle,     two_places,
+                              no_wait,    not_aligned,    matrix_not_aligned, uninitialised};
 
 }  // namespace
 

@@ -90,6 +90,8 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 
 template <bool TRANSPOSED, int N>
 void load_matrices(uint32_t (&out)[N], const void* row) {
+  if (threadIdx.x % emulated::kLanes < 8 * N)
+    emulated::must_be_aligned(row, "a row of a matrix in shared memory");
   struct Record {
     const uint16_t* row;
     uint32_t out[N];

@@ -28,7 +28,7 @@ def launch(library):
 
 FAULTS = (
     *("no_barrier", "half_a_barrier", "half_a_shuffle", "two_places"),
-    *("no_wait", "not_aligned", "uninitialised"),
+    *("no_wait", "not_aligned", "matrix_not_aligned", "uninitialised"),
 )
 
 
@@ -39,7 +39,8 @@ FAULTS = (
         ("half_a_shuffle", "threads wait at a barrier or shuffle that others"),
         ("two_places", "lanes of a warp meet at different places"),
         ("no_wait", "a thread ended before its copies were waited for"),
-        ("not_aligned", "is not aligned"),
+        ("not_aligned", "the source of an asynchronous copy is not aligned"),
+        ("matrix_not_aligned", "a row of a matrix in shared memory is not aligned"),
     ],
 )
 def test_a_fault_fails_the_launch(launch, fault, message):

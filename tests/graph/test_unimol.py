@@ -220,7 +220,9 @@ def test_gradients_equal_those_written_out():
         (values * weight).sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-4, msg=name)
+        # Sums over all pairs cancel: what rounding leaves is small beside the largest of them.
+        rounding = max(1e-4, 2e-5 * grad.abs().max().item())
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=rounding)
 
 
 def test_bfloat16_stays_within_its_budget(published):

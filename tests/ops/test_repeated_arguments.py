@@ -19,7 +19,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_tensor_in_two_places(call):
+def test_compiled_with_a_tensor_in_two_places(call):
     torch._dynamo.reset()
     compiled = torch.compile(CALLS[call], fullgraph=True, dynamic=True, backend="aot_eager")
     x = torch.randn(5, 2, 4)

@@ -17,7 +17,6 @@ from edt_former.connectors import Connector, MoleculeTokens, register_connector
 from edt_former.connectors import connector as connectors
 from edt_former.language.manifest import Manifest
 from edt_former.tokens import PatchOptions
-from edt_former.train.config import effective
 from edt_former.train.stage1 import Stage1Model, train_stage1
 from edt_former.train.trainer import ConnectorTrainer
 from edt_former.train.words import SPECIAL
@@ -44,6 +43,15 @@ def test_losses_fall(tmp_path, prepared_data, connector):
 
 
 PARTS = ("contrast", "matching", "captioning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the process that is killed: sums of torch's products depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -297,4 +305,5 @@ def test_errors(tmp_path, prepared_data, monkeypatch):
         train_stage1(config(data={"train": [str(tmp_path / "none")]}))
     with pytest.raises(ValueError, match="must be at most the 49 rows there are, got 64"):
         train_stage1(config(training={"batch_size": 64}))
-    assert effective(config())["kind"] == "Stage1Config"
+    with pytest.raises(ValueError, match=r"evaluate_every needs data\.validation"):
+        train_stage1(config(training={"evaluate_every": 2}))

@@ -259,6 +259,21 @@ def test_long_texts_lose_their_end_and_molecules_do_not(whole, rows):
     assert processor.max_length == 128, "that of generation stays"
 
 
+def test_a_row_without_room_is_left_out_aloud(whole, rows, caplog):
+    processor = MoleculeLM.from_pretrained(whole / "model").processor
+    alone = ConversationBatch(processor, QuestionConfig(), stored=False)(rows[2:])
+    length = alone["input_ids"].shape[1]
+    short = ConversationBatch(processor, QuestionConfig(), stored=False, max_length=length)
+    inputs = short(rows)
+    assert torch.equal(inputs["input_ids"], alone["input_ids"])
+    assert torch.equal(inputs["labels"], alone["labels"])
+    left_out = [record.message for record in caplog.records if "is left out" in record.message]
+    assert [message.split(" is left out")[0] for message in left_out] == [
+        "row 0 (no id)",
+        "row 1 (no id)",
+    ]
+
+
 def test_questions_by_row(rows):
     config = QuestionConfig(questions=("What is {smiles}?", "Describe it."))
     assert question_of(rows[0], config) == "What is CCO?"

@@ -20,7 +20,7 @@ from edt_kernels.triton.launch import Launch, record
 from tests.triton.compiling import resources, specialised
 
 # Registers of a thread on sm_* and on gfx942, a fifth more than the most that a configuration took
-# with Triton 3.6 or 3.9, and shared bytes of a program, what it took. Spills are 0 everywhere.
+# with Triton 3.6 or 3.9, and shared bytes of a program, what it took.
 BUDGETS = {
     "entropy._entropy_bwd_kernel": (120, 24, 0),
     "entropy._entropy_kernel": (144, 48, 64),
@@ -36,6 +36,9 @@ BUDGETS = {
     "linear_entropy._merge_kernel": (48, 40, 0),
     "linear_entropy._slopes_kernel": (255, 72, 98304),
     "linear_entropy._weight_bwd_kernel": (255, 120, 33792),
+    "ragged_attention._backward_kernel": (255, 288, 40960),
+    "ragged_attention._forward_kernel": (255, 288, 24576),
+    "ragged_attention._pair_offsets_kernel": (96, 72, 128),
     "ragged_cat._gather_kernel": (64, 32, 0),
     "ragged_cat._ragged_cat_kernel": (64, 48, 0),
     "ragged_cat._sum_kernel": (64, 40, 4096),
@@ -54,7 +57,13 @@ BUDGETS = {
     "splice._text_bwd_kernel": (56, 32, 0),
     "splice._tokens_bwd_kernel": (56, 32, 0),
 }
-HARDWARE = (255, 512, 99 << 10)  # what any GPU of the kind has: of a kernel without a line
+SPILLS = {
+    # With a bias, dropout and gradients of scores at once; without them nothing spills.
+    "ragged_attention._backward_kernel": 544,
+    "ragged_attention._forward_kernel": 8,
+    "ragged_attention._pair_offsets_kernel": 8,
+}
+"""Bytes of a thread that may lie in memory; 0 of every other kernel."""
 
 
 def kernel_name(launch: Launch) -> str:
@@ -91,10 +100,12 @@ CASES = [
 
 @pytest.mark.parametrize(("launch", "target"), CASES)
 def test_fits_its_budget(launch, target):
-    nvidia, amd, shared = BUDGETS.get(kernel_name(launch), HARDWARE)
+    name = kernel_name(launch)
+    nvidia, amd, shared = BUDGETS[name]
     needed = resources(launch, target)
     assert needed.ignored == []
-    assert needed.spills == 0
+    plain = launch.arguments.get("bias_ptr", name) is None
+    assert needed.spills <= (0 if plain else SPILLS.get(name, 0))
     assert needed.registers <= (amd if target.startswith("gfx") else nvidia)
     assert needed.shared <= shared
 
@@ -106,7 +117,7 @@ def test_every_launcher_has_a_configuration(dtype):
 
 
 def test_every_budget_belongs_to_a_kernel():
-    assert set(BUDGETS) <= {kernel_name(launch) for _, launch in SINGLE}
+    assert set(BUDGETS) == {kernel_name(launch) for _, launch in SINGLE}
 
 
 @triton.jit

@@ -51,12 +51,15 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--beams", type=int, default=1, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", metavar="NAME", help="(default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="scores and settings, as JSON")
     parser.add_argument("--texts", type=Path, metavar="FILE", help="the captions, as CSV")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print a table, write what was asked for."""
+    import torch
+
     from edt_former.cli.files import writable
     from edt_former.language.frozen import write_json
     from edt_former.report.table import table
@@ -83,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             beams=args.beams,
             question=args.question,
             seed=args.seed,
+            device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
         scores, settings, texts = evaluate(args.model, args.data, options)
     header, *rows = rows_of(scores)

@@ -83,7 +83,10 @@ def _add_stage(
         epilog=f"example: edt train {name} --config recipe.yaml",
     )
     parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="YAML or JSON, checked by key"
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="YAML or JSON, checked key by key; or the name of a recipe of the package",
     )
     parser.add_argument("--out", metavar="DIR", help="the folder of the run, instead of `out`")
     parser.add_argument(
@@ -101,13 +104,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_stage(args: argparse.Namespace) -> int:
+    from edt_former.train import recipes
     from edt_former.train.config import read_config
+    from edt_former.train.ranks import end_processes
 
     module, function, kind = RUNS[args.recipe]
     configs = import_module("edt_former.train.config")
     overrides = [*args.set, *([f"out={args.out}"] if args.out else [])]
-    config = read_config(getattr(configs, kind), args.config, overrides)
-    print(getattr(import_module(f"edt_former.train.{module}"), function)(config))
+    file = Path(args.config)
+    if not file.suffix:
+        file = recipes.path(args.config)
+    config = read_config(getattr(configs, kind), file, overrides)
+    made = getattr(import_module(f"edt_former.train.{module}"), function)(config)
+    if end_processes() == 0:
+        print(made)
     return 0
 
 

@@ -51,6 +51,7 @@ class EvalOptions:
         beams: of the search, 1 for greedy.
         question: instead of what the model was asked in training.
         seed: of what is drawn.
+        device: of the model.
     """
 
     batch_size: int = 64
@@ -62,6 +63,7 @@ class EvalOptions:
     beams: int = 1
     question: str | None = None
     seed: int = 0
+    device: str = "cpu"
 
 
 def kind_of(folder: Path) -> str:
@@ -123,7 +125,7 @@ def _limited(data: PreparedData, options: EvalOptions) -> PreparedData | Subset[
 def _stage1(
     folder: Path, data: Sequence[Path], options: EvalOptions
 ) -> tuple[Scores, dict[str, Any]]:
-    model = Stage1Model.from_pretrained(folder)
+    model = Stage1Model.from_pretrained(folder).to(options.device)
     connector, predictor = model.objective.connector, None
     if connector.patch_options.needs_predictor:
         predictor = read_predictor(Manifest.read(folder).folder(PREDICTOR))
@@ -146,7 +148,7 @@ def _stage1(
 def _properties(
     folder: Path, data: Sequence[Path], options: EvalOptions
 ) -> tuple[Scores, dict[str, Any]]:
-    model = PropertyModel.from_pretrained(folder)
+    model = PropertyModel.from_pretrained(folder).to(options.device)
     rows = PreparedData(data, wants=("targets", "molecule"))
     if rows.target_names() != model.options.targets:
         raise ValueError(
@@ -158,7 +160,7 @@ def _properties(
     chosen = _limited(rows, options)
     predicted, true = [], []
     for batch in DataLoader(chosen, options.batch_size, collate_fn=collate):
-        predicted.append(model.predict(batch["graph"], batch["patches"]))
+        predicted.append(model.predict(batch["graph"], batch["patches"]).cpu())
         true.append(batch["targets"])
     predicted, true = (torch.cat(x).double().numpy() for x in (predicted, true))
     score = regression_scores
@@ -176,7 +178,7 @@ def _properties(
 def _language(
     folder: Path, data: Sequence[Path], options: EvalOptions
 ) -> tuple[Scores, dict[str, Any], list[tuple[str, ...]]]:
-    model = MoleculeLM.from_pretrained(folder)
+    model = MoleculeLM.from_pretrained(folder).to(options.device)
     rows = PreparedData(data, wants=("said", "molecules"))
     stored = stored_patches(model, rows)
     prompt = _prompt(folder, options)

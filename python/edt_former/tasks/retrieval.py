@@ -52,12 +52,13 @@ def embed(
     """Runs `model` over all rows of `data`."""
     loader = DataLoader(data, batch_size, collate_fn=collate, num_workers=workers)
     task, found = model.objective, []
+    device = task.graph_proj.weight.device
     for batch in tqdm(loader, "reading molecules", unit="batch", disable=not progress):
-        features = model.graph_encoder(batch["graph"])
-        patches = dict(batch["patches"])
+        features = model.graph_encoder(batch["graph"].to(device))
+        patches = dict(batch["patches"].to(device))
         queries, keys = task.connector.queries(features, patches), task.connector.keys(features)
         hidden = Rows(task.connector.Qformer(*queries, *keys).queries, queries.offsets)
-        text = Rows(batch["text_ids"], batch["text_offsets"])
+        text = Rows(batch["text_ids"].to(device), batch["text_offsets"].to(device))
         vectors = task.graph_features(hidden)
         found.append((vectors, task.text_features(text), (queries, keys, text)))
     return Embedded(
@@ -185,9 +186,10 @@ def retrieval_scores(
         ValueError: there are fewer rows than a batch has.
     """
     every = similarities(found)
+    device = every.device
     if len(every) < batch_size:
         raise ValueError(f"batch_size must be at most the {len(every)} rows, got {batch_size}")
-    drawn = list(batches(len(every), batch_size, seed))
+    drawn = [rows.to(device) for rows in batches(len(every), batch_size, seed)]
     result = {}
     for way, scores in zip(WAYS, (every, every.T), strict=True):
         inside = [recall(scores[rows][:, rows], at) for rows in drawn]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,8 +11,10 @@ import numpy as np
 from edt_former.chem import Conformer
 from edt_former.data import PreparedData, Row
 from edt_former.language.prompt import Message
-from edt_former.processor import ModelInputs, MoleculeProcessor
+from edt_former.processor import ModelInputs, MoleculeProcessor, TooLongError
 from edt_former.train.config import QuestionConfig
+
+logger = logging.getLogger(__name__)
 
 SMILES = "{smiles}"
 CHARACTERS_PER_TOKEN, ATOMS_PER_TOKEN = 4, 3
@@ -51,6 +54,8 @@ def row_costs(data: PreparedData) -> np.ndarray:
 class ConversationBatch:
     """Rows with a conversation or a text become a batch of a `MoleculeLM`.
 
+    A row whose molecules leave no room for what is to be learned is left out, with a warning.
+
     Args:
         processor: of the model.
         prompt: how texts become conversations.
@@ -73,8 +78,29 @@ class ConversationBatch:
         self.prompt, self.stored = prompt, stored
 
     def __call__(self, rows: Sequence[Row]) -> ModelInputs:
-        """The arguments of `MoleculeLM.forward`, with labels for what the assistant says."""
+        """The arguments of `MoleculeLM.forward`, with labels for what the assistant says.
+
+        Raises:
+            TooLongError: no row has room.
+        """
         self.remember(rows)
+        try:
+            return self._inputs(rows)
+        except TooLongError:
+            fitting = [row for row in rows if self._fits(row)]
+            if not fitting:
+                raise
+            return self._inputs(fitting)
+
+    def _fits(self, row: Row) -> bool:
+        try:
+            self._inputs([row])
+        except TooLongError as error:
+            logger.warning("row %d (%s) is left out: %s", row.number, row.id or "no id", error)
+            return False
+        return True
+
+    def _inputs(self, rows: Sequence[Row]) -> ModelInputs:
         messages = [messages_of(row, self.prompt) for row in rows]
         molecules = [[m.molecule for m in row.molecules] for row in rows]
         return self.processor.conversations(messages, molecules, truncate=True)

@@ -82,7 +82,7 @@ class PropertyModel(nn.Module):
         super().__init__()
         self.graph_encoder, self.connector = graph_encoder, connector
         self.options, self.parts = options, dict(parts)
-        self.finder = [predictor]
+        self.predictor = predictor
         self.head = nn.Sequential(
             nn.LayerNorm(options.token_width),
             nn.Dropout(options.dropout),
@@ -90,11 +90,6 @@ class PropertyModel(nn.Module):
             nn.GELU(),
             nn.Linear(options.width, len(options.targets)),
         )
-
-    @property
-    def predictor(self) -> NextAtomPredictor | None:
-        """Of the next atom; no part of the model's state."""
-        return self.finder[0]
 
     def scores(self, graph: GraphBatch, patches: PatchSets) -> Tensor:
         """[B, targets]: standardised values, or logits of "yes"."""

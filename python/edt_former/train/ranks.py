@@ -20,6 +20,14 @@ def start_processes() -> None:
         accelerate.PartialState(cpu=not torch.cuda.is_available())
 
 
+def end_processes() -> int:
+    """Disconnects them; which one this was."""
+    this = rank()
+    if world_size() > 1:
+        dist.destroy_process_group()
+    return this
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """Process 0 is inside first, the others when it has left."""

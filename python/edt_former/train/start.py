@@ -10,7 +10,7 @@ from edt_former.language.frozen import write_json
 from edt_former.train.config import EFFECTIVE, effective
 from edt_former.train.ranks import rank, start_processes
 
-MAY_CHANGE = ("out",)
+MAY_CHANGE = ("out", "data.workers", "training.keep", "training.checkpointing")
 """Keys of a configuration that do not change what is trained."""
 
 

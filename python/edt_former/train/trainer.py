@@ -98,6 +98,8 @@ class ConnectorTrainer(Trainer):
         label: str | None = None,
     ) -> None:
         need("accelerate", extra="train", purpose="training")
+        if config.evaluate_every and validation is None:
+            raise ValueError("training.evaluate_every needs data.validation, there is none")
         keep_memory()
         out.mkdir(parents=True, exist_ok=True)
         self.training, self.out, self.seed = config, out, seed
