@@ -64,7 +64,7 @@ def with_grads(function, tensors, offsets, grads, **options):
 
 
 def assert_matches(tensors, offsets, grads, **options):
-    """Errs at most twice as much as the reference, plus 4 units in the last place of the largest."""
+    """At most twice the error of the reference, and 4 units in the last place of the largest."""
 
     def double(x):
         return [y.double() for y in x]
