@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -37,6 +38,9 @@ class CMakeBuild(build_ext):
         python = sysconfig.get_path("include")
         configure += [f"-DPYTHON_INCLUDE={python}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}"]
         configure += [f"-DEDT_CUDA_NATIVE={'ON' if CUDA else 'OFF'}"]
+        # The one of this environment: a build folder remembers one that may be gone.
+        ninja = shutil.which("ninja")
+        configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         try:
             subprocess.run(configure, check=True, stdout=sys.stderr)
             subprocess.run(["cmake", "--build", build], check=True, stdout=sys.stderr)

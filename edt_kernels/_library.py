@@ -19,6 +19,7 @@ from edt_kernels import _native
 
 _LIBRARY = torch.library.Library("edt", "DEF")
 NAMES: list[str] = []  # of every op defined, in order
+REFERENCES: dict[str, Callable] = {}  # by op
 LAUNCHERS: dict[str, Callable[[], Callable]] = {}  # by op, imports and returns its Triton launcher
 
 
@@ -37,6 +38,7 @@ def define(
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    REFERENCES[name] = reference
     if triton is not None:
         launcher = LAUNCHERS[name] = _imported_once(*triton.split(":"))
         in_cuda = _native.cuda_asked and name in _native.CUDA_OPS

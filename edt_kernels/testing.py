@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from edt_kernels import _native
+from edt_kernels import _library, _native
 
 
 def ragged(
@@ -50,6 +51,23 @@ def poisoned() -> Iterator[None]:
     finally:
         _native.poison(False)
         torch.use_deterministic_algorithms(before)
+
+
+class OnReferences(TorchDispatchMode):
+    """Inside, every op of this package runs its reference, backward too.
+
+    Example:
+        >>> import torch, edt_kernels
+        >>> with OnReferences():
+        ...     edt_kernels.entropy(torch.zeros(1, 2), unit="bits")
+        tensor([1.])
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """The reference of an op of this package; every other op as it is."""
+        if func.namespace == "edt":
+            func = _library.REFERENCES[func.__name__.split(".")[0]]
+        return func(*args, **(kwargs or {}))
 
 
 def assert_within_budget(

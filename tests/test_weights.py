@@ -198,3 +198,14 @@ def test_sizes(text, count):
 def test_no_sizes(text):
     with pytest.raises(ValueError, match=f"must be a number and KB, MB, GB or TB, got {text}"):
         byte_count(text)
+
+
+@pytest.mark.parametrize("place", ["../weights.safetensors", "/weights.safetensors", "a/../b"])
+def test_an_index_leads_nowhere_else(tmp_path, place):
+    folder = tmp_path / "inside"
+    folder.mkdir()
+    save_file(WEIGHTS, tmp_path / "weights.safetensors")
+    index = {"weight_map": dict.fromkeys(WEIGHTS, place)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="which is not beside it"):
+        open_weights(folder)

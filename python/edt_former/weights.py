@@ -103,8 +103,11 @@ def _open_indexed(index: Path) -> dict[str, StoredTensor]:
         files = sorted(set(homes.values()))
         if not files:
             raise ValueError("it names no file")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights") from error
+        elsewhere = [file for file in files if Path(file).name != file]
+        if elsewhere:
+            raise ValueError(f"it names {elsewhere[0]!r}, which is not beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weights: {error}") from error
     weights: dict[str, StoredTensor] = {}
     for file in files:
         if not (index.parent / file).is_file():

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,36 @@ def test_public_captions_are_read_whole(tmp_path):
         assert data[i].text == line[2].strip()
         once = read_molecule(line[1].replace("\\\\", "\\"))
         assert data[i].molecules[0].molecule.smiles == once.smiles
+
+
+@pytest.fixture
+def copied(prepared_data, tmp_path):
+    """Prepared data that a test may damage."""
+    shutil.copytree(prepared_data, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def test_a_part_that_is_cut_off_is_refused(copied):
+    file = copied / "part-00000.arrow"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"part-00000\.arrow must be a part of prepared data"):
+        PreparedData(copied)
+
+
+def test_a_bond_beyond_its_molecule_is_refused(copied):
+    file = copied / "part-00000.arrow"
+    part = preparation.Part(file)
+    bonds = part.values["bonds"].tobytes()
+    content = file.read_bytes()
+    assert content.count(bonds) == 1
+    file.write_bytes(content.replace(bonds, b"\xff\x7f" + bonds[2:]))
+    with pytest.raises(ValueError, match="a bond leads to atom 32767, beyond its molecule"):
+        preparation.Part(file)
+
+
+@pytest.mark.parametrize("count", [10**12, -1, "1", None])
+def test_a_false_number_of_parts_is_refused(copied, count):
+    manifest = json.loads((copied / "data.json").read_text())
+    (copied / "data.json").write_text(json.dumps({**manifest, "parts": count}))
+    with pytest.raises(ValueError, match=r"data\.json counts"):
+        PreparedData(copied)

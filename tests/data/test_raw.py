@@ -120,3 +120,24 @@ def test_errors(tmp_path):
         read_rows(write(tmp_path / "a.csv", "a,b\n"))
     with pytest.raises(ValueError, match="has no column 'y'"):
         read_rows(write(tmp_path / "b.csv", "smiles,b\n"), Columns(targets=("y",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv.gz", gzip.compress(b"smiles\nCCO\nCC\n" * 9)[:-12], "rows.csv.gz is damaged"),
+        ("rows.csv.gz", b"no gzip", "rows.csv.gz is damaged"),
+        ("rows.json", b'[{"smiles": "C"', "rows.json is damaged"),
+        ("rows.json", b'{"smiles": "C"}', "rows.json must hold a list, got dict"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_rows(tmp_path / name))
+
+
+def test_deep_nonsense_is_one_bad_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("[" * 100000 + '\n{"smiles": "CCO"}\n')
+    bad, good = read_rows(tmp_path / "rows.jsonl")
+    assert bad.reason.startswith("cannot be read") and good.molecules == ("CCO",)

@@ -40,3 +40,10 @@ def test_a_part_that_is_nowhere_is_asked_for(tmp_path):
         manifest.folder("predictor")
     with pytest.raises(FileNotFoundError, match=r"graph_encoder= is needed: .* no folder"):
         manifest.folder("graph_encoder")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"parts": [1]}', '{"parts": {"predictor": {}}}'])
+def test_a_damaged_manifest_is_an_error(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"its manifest\.json is not"):
+        Manifest.read(tmp_path)

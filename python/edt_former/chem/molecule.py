@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import logging
 import re
 import threading
@@ -26,6 +24,7 @@ from edt_former.chem.features import (
     bond_features,
     pretrain_features,
 )
+from edt_former.chem.text_files import open_text, single_backslashes
 
 MAX_ATOMS = 4096
 
@@ -358,7 +357,7 @@ def read_file(path: str | Path) -> Iterator[tuple[str, str]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the suffix is none of these, or no column holds SMILES.
+        ValueError: the suffix is none of these, no column holds SMILES, or the file is damaged.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -377,21 +376,16 @@ def read_file(path: str | Path) -> Iterator[tuple[str, str]]:
     return readers[suffix.lower()](path, "\t" if suffix.lower() == ".tsv" else ",")
 
 
-def _open(path: Path) -> io.TextIOBase:
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
-
-
 def _lines(path: Path, _: str) -> Iterator[tuple[str, str]]:
-    with _open(path) as file:
+    with open_text(path) as file:
         for line in file:
             smiles, _, name = line.strip().replace("\t", " ").partition(" ")
             if smiles:
-                yield name.strip(), _single_backslashes(smiles)
+                yield name.strip(), single_backslashes(smiles)
 
 
 def _table(path: Path, delimiter: str) -> Iterator[tuple[str, str]]:
-    with _open(path) as file:
+    with open_text(path) as file:
         rows = csv.reader(file, delimiter=delimiter)
         header = next(rows, [])
         columns = {name.strip().lower(): i for i, name in reversed(list(enumerate(header)))}
@@ -405,8 +399,4 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, str]]:
             smiles = row[smiles_column].strip() if smiles_column < len(row) else ""
             named = name_column is not None and name_column < len(row)
             name = row[name_column].strip() if named else ""
-            yield name, _single_backslashes(smiles)
-
-
-def _single_backslashes(smiles: str) -> str:
-    return smiles.replace("\\\\", "\\")
+            yield name, single_backslashes(smiles)

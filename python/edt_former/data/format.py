@@ -160,15 +160,24 @@ class Part:
         path: of the file.
 
     Raises:
-        ValueError: the file is of another format.
+        ValueError: the file is of another format, or damaged. Texts and the places of arrays are
+            looked through when it is opened; of the arrays, the bonds.
     """
 
     def __init__(self, path: Path | str) -> None:
         pa = arrow()
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if reader.schema != schema() or reader.num_record_batches != 1:
-            raise ValueError(f"{path} must be a part of prepared data, its columns are others")
-        batch = reader.get_batch(0)
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            if reader.schema != schema() or reader.num_record_batches != 1:
+                raise ValueError("its columns are others")
+            batch = reader.get_batch(0)
+            batch.validate(full=True)
+            self._open(batch)
+            self._check()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{path} must be a part of prepared data: {error}") from error
+
+    def _open(self, batch: pa.RecordBatch) -> None:
         plain = ("number", "file", "id", "text", "targets", "reason")
         self.plain = {name: batch[name] for name in plain}
         self.turns, self.molecules = batch["turns"], batch["molecules"]
@@ -178,6 +187,24 @@ class Part:
         self.lists = {name: inside.field(name) for name in (*WIDTHS, *SOURCES)}
         self.cuts = {name: lists.offsets.to_numpy() for name, lists in self.lists.items()}
         self.values = {name: lists.values.to_numpy() for name, lists in self.lists.items()}
+
+    def _check(self) -> None:
+        """Arrays of one molecule fit together, and its bonds are between its atoms."""
+        sizes = {name: np.diff(cuts) for name, cuts in self.cuts.items()}
+        atoms, bonds = sizes["atoms"] // WIDTHS["atoms"], sizes["bonds"] // WIDTHS["bonds"]
+        known = {name: lists.is_valid().to_numpy(False) for name, lists in self.lists.items()}
+        for name, size in sizes.items():
+            wanted = (bonds if name in ("bonds", "bond_features") else atoms) * WIDTHS.get(name, 1)
+            wrong = np.flatnonzero((size != wanted) & known[name])
+            if len(wrong):
+                raise ValueError(
+                    f"{name} of its molecule {wrong[0]} must be {wanted[wrong[0]]} numbers, "
+                    f"they are {size[wrong[0]]}"
+                )
+        ends = self.values["bonds"][slice(*self.cuts["bonds"][[0, -1]])]
+        beyond = np.flatnonzero(ends >= np.repeat(atoms, sizes["bonds"]))
+        if len(beyond):
+            raise ValueError(f"a bond leads to atom {ends[beyond[0]]}, beyond its molecule")
 
     def __len__(self) -> int:
         return len(self.molecules)
@@ -254,13 +281,22 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `folder` has no prepared data, or they are not complete.
+        ValueError: the file is damaged, or parts are missing.
     """
     file = Path(folder, MANIFEST)
     if not file.is_file():
         begun = any(Path(folder).glob(PARTS))
         state = "are not complete, run edt prepare again" if begun else "are not there"
         raise FileNotFoundError(f"prepared data in {folder} {state}: no {MANIFEST}")
-    return json.loads(file.read_text())
+    try:
+        content = json.loads(file.read_text())
+        parts = content["parts"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+    there = len(list(Path(folder).glob(PARTS)))
+    if parts != there:
+        raise ValueError(f"{file} counts {parts!r} parts, {there} are there")
+    return content
 
 
 def part_paths(folder: Path | str, count: int) -> Sequence[Path]:

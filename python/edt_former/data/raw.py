@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import re
@@ -11,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from edt_former.chem.text_files import open_text, single_backslashes
 
 SMILES = ("smiles", "canonical_smiles", "isomeric_smiles", "canonicalsmiles", "mol", "drug")
 IDS = ("cid", "id", "drug_id", "mol_id", "compound_name", "name")
@@ -75,7 +76,7 @@ def read_rows(path: Path | str, columns: Columns | None = None) -> Iterator[RawR
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another suffix, or a table without a column that is needed.
+        ValueError: another suffix, a table without a column that is needed, a damaged file.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -99,18 +100,8 @@ def read_rows(path: Path | str, columns: Columns | None = None) -> Iterator[RawR
     raise ValueError(f"{path} must end in one of {known} (or .gz after it)")
 
 
-def _open(path: Path) -> io.TextIOBase:
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
-
-
-def single_backslashes(smiles: str) -> str:
-    """A SMILES as it was before a table doubled its backslashes."""
-    return smiles.replace("\\\\", "\\")
-
-
 def _lines(path: Path) -> Iterator[RawRow]:
-    with _open(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(filter(str.strip, file)):
             smiles, _, name = line.strip().replace("\t", " ").partition(" ")
             yield RawRow(number, name.strip(), (single_backslashes(smiles),))
@@ -152,14 +143,14 @@ def _reader(file: io.TextIOBase, delimiter: str) -> Iterator[list[str]]:
 
 
 def _header(path: Path, delimiter: str) -> list[str]:
-    with _open(path) as file:
+    with open_text(path) as file:
         return next(_reader(file, delimiter), [])
 
 
 def _table_rows(
     path: Path, delimiter: str, width: int, where: _Places, targets: Sequence[str]
 ) -> Iterator[RawRow]:
-    with _open(path) as file:
+    with open_text(path) as file:
         rows = _reader(file, delimiter)
         next(rows, None)
         for number, cells in enumerate(row for row in rows if any(map(str.strip, row))):
@@ -191,9 +182,12 @@ def _numbers(cells: Sequence[Any], names: Sequence[str]) -> tuple[float | None, 
 
 
 def _json(path: Path, columns: Columns, *, whole: bool) -> Iterator[RawRow]:
-    with _open(path) as file:
+    with open_text(path) as file:
         if whole:
-            items: Iterator[Any] = iter(json.load(file))
+            content = json.load(file)
+            if not isinstance(content, list):
+                raise ValueError(f"{path} must hold a list, got {type(content).__name__}")
+            items: Iterator[Any] = iter(content)
         else:
             items = (line for line in file if line.strip())
         for number, item in enumerate(items):
@@ -202,7 +196,7 @@ def _json(path: Path, columns: Columns, *, whole: bool) -> Iterator[RawRow]:
                 if not isinstance(content, Mapping):
                     raise ValueError(f"must be an object, got {type(content).__name__}")
                 yield _record(number, content, columns)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 yield RawRow(number, reason=f"cannot be read: {_said(error)}")
 
 

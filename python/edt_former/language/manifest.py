@@ -47,16 +47,20 @@ class Manifest:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is of something else.
+            ValueError: it is of something else, or damaged.
         """
         root = Path(root)
         parts = {}
-        content = json.loads((root / MANIFEST).read_text())
-        if "parts" not in content:
-            raise ValueError(f"{root} must be the folder of a checkpoint, its {MANIFEST} is not")
-        for name, part in content["parts"].items():
-            path = part["path"] and os.path.normpath(root / part["path"])
-            parts[name] = FrozenPart(**{**part, "path": path, "without": tuple(part["without"])})
+        text = (root / MANIFEST).read_bytes()
+        try:
+            for name, part in json.loads(text)["parts"].items():
+                path = part["path"] and os.path.normpath(root / part["path"])
+                left_out = tuple(part["without"])
+                parts[name] = FrozenPart(**{**part, "path": path, "without": left_out})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{root} must be the folder of a checkpoint, its {MANIFEST} is not: {error!r}"
+            ) from error
         return cls(root, parts)
 
     def write(self) -> None:
