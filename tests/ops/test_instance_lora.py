@@ -451,8 +451,11 @@ def test_wrong_layers():
     (x, a, b, base), offsets = batch()
     with pytest.raises(ValueError, match="x must have at least one layer, got none"):
         instance_lora_many([], [], [], offsets)
-    with pytest.raises(ValueError, match="a must have one entry per layer, got 1 for 2 of x"):
-        instance_lora_many([x, x], [a], [b, b], offsets)
+    for rows in (x, x.clone().requires_grad_()):
+        with pytest.raises(ValueError, match="a must have one entry per layer, got 1 for 2 of x"):
+            instance_lora_many([rows, rows], [a], [b, b], offsets)
+        with pytest.raises(TypeError, match=r"b\[1\] must be torch.float64, got torch.float32"):
+            instance_lora_many([rows, rows], [a, a], [b, b.float()], offsets)
     with pytest.raises(ValueError, match=r"b\[1\] must have .* r = 3"):
         instance_lora_many([x, x], [a, a], [b, b[:, :2]], offsets)
     with pytest.raises(ValueError, match=r"x\[1\] must have as many rows as x\[0\]"):
