@@ -1,7 +1,7 @@
-// A block of rows is shrunk to the rank by parts of the input's width, and expanded by a few rows
-// and a chunk of columns at a time, whose product waits in the L1 cache for the base. Every number
-// is summed in the order of the columns, or of the rows, wherever blocks begin and end, so a
-// molecule gets the same bits in every batch.
+// A block of rows is shrunk to the rank, by parts of the input's width, and expanded to the output,
+// a tile at a time, which meets the base in registers. Every number is summed in the order of the
+// columns, or of the rows, wherever blocks begin and end, so a molecule has the same bits in every
+// batch.
 #include "instance_lora.h"
 
 #include "matrix.h"
@@ -9,15 +9,12 @@
 namespace edt {
 namespace {
 
-constexpr int64_t kRows = 96;              // of a block: its part of x stays in the L2 cache
-constexpr int64_t kDepth = 256;            // columns of x in a part
-constexpr int64_t kGroup = 2 * kTileRows;  // rows that are expanded together
-constexpr int64_t kColumns = 128;          // of the left of an outer sum
+constexpr int64_t kRows = 96;      // of a block: its part of x stays in the L2 cache
+constexpr int64_t kDepth = 256;    // columns of x in a part
+constexpr int64_t kColumns = 128;  // of the left of an outer sum
 
 template <class T>
 constexpr int64_t kPanel = kTileCols * kLanes<T>;
-template <class T>
-constexpr int64_t kChunk = 16 * kPanel<T>;
 // Rows of an outer sum's left are no power of two apart, or they would share lines of the cache.
 template <class T>
 constexpr int64_t kLeftStride = kColumns + 2 * kLanes<T>;
@@ -39,7 +36,7 @@ struct Blocks {
 
 template <class T>
 struct AdaptScratch : Blocks<T> {
-  T *x, *down, *shrunk, *up, *tile;
+  T *x, *down, *shrunk, *up;
 
   AdaptScratch(void* memory, const Adapter& a) : Blocks<T>{static_cast<T*>(memory)} {
     const int64_t rank = padded<T>(a.rank);
@@ -47,7 +44,6 @@ struct AdaptScratch : Blocks<T> {
     down = this->take(kDepth * rank);
     shrunk = this->take(kRows * rank);
     up = this->take(a.out && a.up_step > 0 ? panels(a) * a.rank * kPanel<T> : 0);
-    tile = this->take(kGroup * kChunk<T>);
   }
 
   static int64_t panels(const Adapter& a) { return (a.width + kPanel<T> - 1) / kPanel<T>; }
@@ -134,37 +130,69 @@ void shrink(const Adapter& a, const S* x, int64_t rows, const S* down, Matrix<T>
 template <class S, class T>
 void subtract(const S* base, const T* less, int64_t n, S* out) {
   constexpr int W = kLanes<T>;
-  int64_t j = 0;
-  for (; j + W <= n; j += W) store(out + j, (base ? load(base + j) : Vec<T>{}) - load(less + j));
-  if (j < n) {
-    S rest[W] = {};
-    if (base) std::memcpy(rest, base + j, (n - j) * sizeof(S));
-    store(rest, load(rest) - load(less + j));
-    std::memcpy(out + j, rest, (n - j) * sizeof(S));
+  for (int64_t j = 0; j < n; j += W) {
+    const int64_t bytes = least(n - j, W) * sizeof(S);
+    S lanes[W] = {};
+    if (base) std::memcpy(lanes, base + j, bytes);
+    store(lanes, load(lanes) - load(less + j));
+    std::memcpy(out + j, lanes, bytes);
+  }
+}
+
+// ROWS rows of out = base - less U^T in the first `columns` of a panel; rows of base and out are
+// `stride` apart.
+template <class S, class T, int ROWS>
+void expand_tile(Factor<T> less, const T* panel, int64_t rank, const S* base, S* out,
+                 int64_t stride, int64_t columns) {
+  constexpr int W = kLanes<T>;
+  Vec<T> sum[ROWS][kTileCols] = {};
+  for (int64_t k = 0; k < rank; ++k, panel += kPanel<T>) {
+    Vec<T> u[kTileCols];
+#pragma GCC unroll 8
+    for (int j = 0; j < kTileCols; ++j) u[j] = load(panel + j * W);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec<T> x = broadcast(less.data[i * less.row + k]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileCols; ++j) sum[i][j] = fma(x, u[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; ++i) {
+    const S* from = base ? base + i * stride : nullptr;
+    if (columns < kPanel<T>) {
+      T row[kPanel<T>];
+#pragma GCC unroll 8
+      for (int j = 0; j < kTileCols; ++j) store(row + j * W, sum[i][j]);
+      subtract(from, row, columns, out + i * stride);
+      continue;
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < kTileCols; ++j)
+      store(out + i * stride + j * W, (from ? load(from + j * W) : Vec<T>{}) - sum[i][j]);
+  }
+}
+
+// The same for at most ROWS rows and all panels.
+template <class S, class T, int ROWS>
+void expand_group(const Adapter& a, Factor<T> less, int64_t rows, const T* packed, const S* base,
+                  S* out) {
+  if constexpr (ROWS > 0) {
+    if (rows < ROWS) return expand_group<S, T, ROWS - 1>(a, less, rows, packed, base, out);
+    for (int64_t j = 0; j < a.width; j += kPanel<T>)
+      expand_tile<S, T, ROWS>(less, packed + j * a.rank, a.rank, base ? base + j : nullptr, out + j,
+                              a.width, a.width - j);
   }
 }
 
 // Rows from `first` of out = base - less U^T, for rows of one U.
 template <class S, class T>
-void expand(const Adapter& a, int64_t first, int64_t rows, Matrix<T> less, const T* packed,
-            T* product) {
-  const Matrix<T> tile{product, kChunk<T>};
-  for (int64_t i = 0; i < rows; i += kGroup) {
-    const int64_t group = least(rows - i, kGroup);
-    const auto factor = plain(Matrix<T>{less.data + i * less.stride, less.stride});
-    for (int64_t j = 0; j < a.width; j += kChunk<T>) {
-      const int64_t columns = least(a.width - j, kChunk<T>);
-      for (int64_t c = 0; c < columns; c += kPanel<T>) {
-        const T* panel = packed + (j + c) * a.rank;
-        multiply<false>(factor, Matrix<T>{const_cast<T*>(panel), kPanel<T>},
-                        Matrix<T>{tile.data + c, tile.stride}, group, kPanel<T>, a.rank);
-      }
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t at = (first + i + g) * a.width + j;
-        subtract(a.base ? static_cast<const S*>(a.base) + at : nullptr, tile.data + g * tile.stride,
-                 columns, static_cast<S*>(a.out) + at);
-      }
-    }
+void expand(const Adapter& a, int64_t first, int64_t rows, Matrix<T> less, const T* packed) {
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    const int64_t at = (first + i) * a.width;
+    expand_group<S, T, kTileRows>(
+        a, plain(Matrix<T>{less.data + i * less.stride, less.stride}), least(rows - i, kTileRows),
+        packed, a.base ? static_cast<const S*>(a.base) + at : nullptr, static_cast<S*>(a.out) + at);
   }
 }
 
@@ -201,7 +229,7 @@ void adapt(const Adapter& a, const int64_t* offsets, int64_t molecule, int64_t b
         in_scratch = m;
       }
       const T* packed = a.packed ? static_cast<const T*>(a.packed) : scratch.up;
-      expand<S>(a, p, q - p, rows_from(p), packed, scratch.tile);
+      expand<S>(a, p, q - p, rows_from(p), packed);
     };
 
     if (a.down_step > 0)

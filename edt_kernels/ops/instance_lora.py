@@ -140,10 +140,7 @@ def instance_lora(
     if not kernel_checks(x):
         _check_arguments(x, a, b, offsets, scale, base)
     try:
-        if needs_grad(x, a, b, base):
-            x, a, b, offsets, base = distinct(x, a, b, offsets, base)
-            return _InstanceLoRA.apply(x, a, b, offsets, scale, base)
-        return _lora(x, a, b, offsets, scale, base)[0]
+        return _adapt(x, a, b, offsets, scale, base)
     except Exception:
         _check_arguments(x, a, b, offsets, scale, base)
         _check.offsets_content("offsets", offsets, math.prod(x.shape[:-1]))
@@ -192,15 +189,24 @@ def instance_lora_many(
     base = (None,) * len(x) if base is None else tuple(base)
     if not (x and kernel_checks(x[0])):
         _check_layers(x, a, b, offsets, scale, base)
-    if needs_grad(*x, *a, *b, *base):
-        layers = zip(x, a, b, base, strict=True)
-        return [instance_lora(x, a, b, offsets, scale=scale, base=base) for x, a, b, base in layers]
     try:
+        if needs_grad(*x, *a, *b, *base):
+            layers = zip(x, a, b, base, strict=True)
+            return [_adapt(x, a, b, offsets, scale, base) for x, a, b, base in layers]
         return _lora_many(x, a, b, offsets, scale, base)
     except Exception:
         _check_layers(x, a, b, offsets, scale, base)
         _check.offsets_content("offsets", offsets, math.prod(x[0].shape[:-1]))
         raise
+
+
+def _adapt(
+    x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, scale: float, base: Tensor | None
+) -> Tensor:
+    if needs_grad(x, a, b, base):
+        x, a, b, offsets, base = distinct(x, a, b, offsets, base)
+        return _InstanceLoRA.apply(x, a, b, offsets, scale, base)
+    return _lora(x, a, b, offsets, scale, base)[0]
 
 
 def _check_arguments(

@@ -266,7 +266,7 @@ def _expand_kernel(
                     *(RANKS, SPANS, FACTOR, ACC, PRECISION, BLOCK_N, BLOCK_R, BLOCK_D),
                 )
             if shrunks is not None:
-                stored = (row < end) & (column == 0)
+                stored = row < tl.where(column == 0, end, first)
                 for block in tl.static_range(RANKS):
                     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
                     shrunk, place, inside = _sum_spans(

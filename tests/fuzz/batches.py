@@ -415,32 +415,44 @@ def _insert(rng: Random) -> Call:
     return Call("insert", run, tensors)
 
 
-def _layers(rng: Random, number: int) -> Call:
-    """Adapters of one linear layer, or of several on the same rows."""
-    lengths, tail, dtype = _lengths(rng, rng.choice((0, 1, 2, 5))), _tail(rng), _dtype(rng)
-    scale = rng.choice((1.0, 0.25, -2.0))
-    d_in = _width(rng)
-    tensors = {"offsets": _offsets(rng, lengths)}
-    for i in range(number):
-        r, d_out = rng.choice((1, 3, 8, 16, 17)), _width(rng)
-        tensors[f"x{i}"] = _values(rng, dtype, sum(lengths), d_in, tail=tail)
-        tensors[f"a{i}"] = _values(rng, dtype, len(lengths), d_in, r, scale=d_in**-0.5)
-        tensors[f"b{i}"] = _values(rng, dtype, d_out, r)
-        if rng.random() < 0.6:
-            tensors[f"base{i}"] = _values(rng, dtype, sum(lengths) + tail, d_out)
+def _adapter(rng: Random, lengths: list[int], dtype: torch.dtype, layer: str = "") -> Tensors:
+    """x, a, b and sometimes a base of one layer, their names with `layer` behind."""
+    d_in, d_out, rank = _width(rng), _width(rng), rng.choice((1, 2, 8, 15, 16, 17, 40))
+    rows, tail = sum(lengths), _tail(rng) if layer == "" else 0
+    tensors = {
+        "x": _values(rng, dtype, rows, d_in, tail=tail),
+        "a": _values(rng, dtype, len(lengths), d_in, rank, scale=d_in**-0.5),
+        "b": _values(rng, dtype, d_out, rank, scale=rank**-0.5),
+    }
+    if rng.random() < 0.6:
+        tensors["base"] = _values(rng, dtype, rows, d_out, tail=tail)
+    return {f"{name}{layer}": x for name, x in tensors.items()}
+
+
+def _instance_lora(rng: Random) -> Call:
+    lengths, scale = _lengths(rng), rng.choice((1.0, 0.25, -2.0, 0.0))
+    tensors = _adapter(rng, lengths, _dtype(rng)) | {"offsets": _offsets(rng, lengths)}
 
     def run(t: Tensors) -> Tensors:
-        x, a, b, base = (
-            [t.get(f"{name}{i}") for i in range(number)] for name in ("x", "a", "b", "base")
-        )
-        if number == 1:
-            one = ek.instance_lora(x[0], a[0], b[0], t["offsets"], scale=scale, base=base[0])
-            return {"out0": one}
-        found = ek.instance_lora_many(x, a, b, t["offsets"], scale=scale, base=base)
-        return {f"out{i}": out for i, out in enumerate(found)}
+        places = t["x"], t["a"], t["b"], t["offsets"]
+        return {"out": ek.instance_lora(*places, scale=scale, base=t.get("base"))}
 
-    op = "instance_lora" if number == 1 else "instance_lora_many"
-    return Call(op, run, tensors, options=f"scale={scale}")
+    return Call("instance_lora", run, tensors, options=f"{scale}")
+
+
+def _instance_lora_many(rng: Random) -> Call:
+    lengths, scale, count = _lengths(rng), rng.choice((1.0, 0.25)), rng.randint(1, 4)
+    dtype, tensors = _dtype(rng), {"offsets": _offsets(rng, lengths)}
+    for k in range(count):
+        tensors |= _adapter(rng, lengths, dtype, layer=f"{k}")
+
+    def run(t: Tensors) -> Tensors:
+        x, a, b = ([t[f"{name}{k}"] for k in range(count)] for name in "xab")
+        base = [t.get(f"base{k}") for k in range(count)]
+        found = ek.instance_lora_many(x, a, b, t["offsets"], scale=scale, base=base)
+        return {f"out{k}": out for k, out in enumerate(found)}
+
+    return Call("instance_lora_many", run, tensors, options=f"{scale}")
 
 
 OPS: dict[str, Callable[[Random], Call]] = {
@@ -455,6 +467,6 @@ OPS: dict[str, Callable[[Random], Call]] = {
     "ragged_cat": _ragged_cat,
     "splice": _splice,
     "insert": _insert,
-    "instance_lora": lambda rng: _layers(rng, 1),
-    "instance_lora_many": lambda rng: _layers(rng, rng.choice((2, 3))),
+    "instance_lora": _instance_lora,
+    "instance_lora_many": _instance_lora_many,
 }

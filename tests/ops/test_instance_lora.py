@@ -451,8 +451,11 @@ def test_wrong_layers():
     (x, a, b, base), offsets = batch()
     with pytest.raises(ValueError, match="x must have at least one layer, got none"):
         instance_lora_many([], [], [], offsets)
-    with pytest.raises(ValueError, match="a must have one entry per layer, got 1 for 2 of x"):
-        instance_lora_many([x, x], [a], [b, b], offsets)
+    for rows in (x, x.clone().requires_grad_()):
+        with pytest.raises(ValueError, match="a must have one entry per layer, got 1 for 2 of x"):
+            instance_lora_many([rows, rows], [a], [b, b], offsets)
+        with pytest.raises(TypeError, match=r"b\[1\] must be torch.float64, got torch.float32"):
+            instance_lora_many([rows, rows], [a, a], [b, b.float()], offsets)
     with pytest.raises(ValueError, match=r"b\[1\] must have .* r = 3"):
         instance_lora_many([x, x], [a, a], [b, b[:, :2]], offsets)
     with pytest.raises(ValueError, match=r"x\[1\] must have as many rows as x\[0\]"):
@@ -463,6 +466,54 @@ def test_wrong_layers():
         instance_lora_many([x], [a], [b], offsets.clamp(min=0) + torch.tensor([0, 0, 0, 0, 3, 3]))
     with pytest.raises(ValueError, match="base must have one entry per layer, got 1 for 2 of x"):
         instance_lora_many([x, x], [a, a], [b, b], offsets, base=[base])
+
+
+def test_the_kernels_read_nothing_out_of_bounds(backend):
+    if backend == "reference":
+        pytest.skip("a reference relies on the checks of torch")
+    edt, ((x, a, b, base), offsets) = torch.ops.edt, batch()
+    _, shrunk = edt.instance_lora(x, a, b, offsets, 1.0, base)
+    forward = {"x": x, "a": a, "b": b, "offsets": offsets, "scale": 1.0, "base": base}
+    for name, bad in (
+        ("x", x[:-3]),
+        ("x", x[:, :4]),
+        ("x", x[0, 0]),
+        ("a", a[:4]),
+        ("a", a[0]),
+        ("a", a.float()),
+        ("b", b[:, :2]),
+        ("b", b[0]),
+        ("b", b.float()),
+        ("offsets", offsets + 1),
+        ("offsets", offsets[:-1]),
+        ("offsets", offsets[:0]),
+        ("base", base[:-1]),
+        ("base", base[:, :-1]),
+        ("base", base.float()),
+    ):
+        with pytest.raises(RuntimeError):
+            edt.instance_lora(**forward | {name: bad})
+        layers = {k: [v, v] if k in ("x", "a", "b", "base") else v for k, v in forward.items()}
+        wrong = bad if name == "offsets" else [forward[name], bad]
+        with pytest.raises(RuntimeError):
+            edt.instance_lora_many(**layers | {name: wrong})
+    for name in ("x", "a", "b", "base"):
+        with pytest.raises(RuntimeError):
+            edt.instance_lora_many(**layers | {name: layers[name][:1]})
+    backward = {"grad": base, "x": x, "a": a, "b": b, "shrunk": shrunk, "offsets": offsets}
+    backward |= {"scale": 1.0, "need_x": True, "need_a": True, "need_b": True}
+    for name, bad in (
+        ("grad", base[:-1]),
+        ("grad", base[:, :-1]),
+        ("grad", base.float()),
+        ("shrunk", shrunk[:-1]),
+        ("shrunk", shrunk[:, :-1]),
+        ("shrunk", shrunk.float()),
+        ("a", a[:4]),
+        ("b", b[:-1]),
+    ):
+        with pytest.raises(RuntimeError):
+            edt.instance_lora_bwd(**backward | {name: bad})
 
 
 def test_the_example_runs():
