@@ -44,18 +44,21 @@ _lora = define(
     " -> (Tensor, Tensor)",
     reference=reference.instance_lora,
     fake=_fake,
+    triton="instance_lora:instance_lora",
 )
 _lora_bwd = define(
     "instance_lora_bwd(Tensor grad, Tensor x, Tensor a, Tensor b, Tensor shrunk, Tensor offsets,"
     " float scale, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
     reference=reference.instance_lora_bwd,
     fake=_fake_bwd,
+    triton="instance_lora:instance_lora_bwd",
 )
 _lora_many = define(
     "instance_lora_many(Tensor[] x, Tensor[] a, Tensor[] b, Tensor offsets, float scale,"
     " Tensor?[] base) -> Tensor[]",
     reference=reference.instance_lora_many,
     fake=_fake_many,
+    triton="instance_lora:instance_lora_many",
 )
 
 
@@ -104,9 +107,10 @@ def instance_lora(
         x: [..., d_in], float32, bfloat16, float16 or float64: T rows, counted in their order. A
             padded batch [B, L, d_in] has offsets 0, L, 2 L, ...; a step of decoding [B, d_in] has
             0, 1, 2, ...
-        a: [B, d_in, r], d_in and r >= 1, the dtype of `x`. Several molecules of one text: their A summed,
-            or, where their B differ, side by side along r as the B are. A text without a molecule
-            has zeros, which leave its (finite) rows of the base as they are, to the bit.
+        a: [B, d_in, r], the dtype of `x`; d_in and r are at least 1. Several molecules of one text:
+            their A summed, or, where their B differ, side by side along r as the B are. A text
+            without a molecule has zeros, which leave its rows of the base as they are, to the bit,
+            where `x` and `b` are finite.
         b: [d_out, r], the dtype of `x`.
         offsets: [B + 1], int32 or int64: rows offsets[m] to offsets[m+1] have A_m. Rows beyond the
             last have no adapter: `x` is not read there, its gradient is 0, and the output is the
@@ -136,10 +140,7 @@ def instance_lora(
     if not kernel_checks(x):
         _check_arguments(x, a, b, offsets, scale, base)
     try:
-        if needs_grad(x, a, b, base):
-            x, a, b, offsets, base = distinct(x, a, b, offsets, base)
-            return _InstanceLoRA.apply(x, a, b, offsets, scale, base)
-        return _lora(x, a, b, offsets, scale, base)[0]
+        return _adapt(x, a, b, offsets, scale, base)
     except Exception:
         _check_arguments(x, a, b, offsets, scale, base)
         _check.offsets_content("offsets", offsets, math.prod(x.shape[:-1]))
@@ -162,8 +163,8 @@ def instance_lora_many(
     recorded they are single calls.
 
     Args:
-        x: one tensor [..., d_in] per layer, or one tensor again and again; every one has the T
-            rows of `offsets`.
+        x: one tensor [..., d_in] per layer, or one tensor again and again; at least one. Every one
+            has the T rows of `offsets`.
         a: one tensor [B, d_in, r] per layer; widths and ranks may differ from layer to layer.
         b: one tensor [d_out, r] per layer.
         offsets: [B + 1], of all layers.
@@ -188,15 +189,24 @@ def instance_lora_many(
     base = (None,) * len(x) if base is None else tuple(base)
     if not (x and kernel_checks(x[0])):
         _check_layers(x, a, b, offsets, scale, base)
-    if needs_grad(*x, *a, *b, *base):
-        layers = zip(x, a, b, base, strict=True)
-        return [instance_lora(x, a, b, offsets, scale=scale, base=base) for x, a, b, base in layers]
     try:
+        if needs_grad(*x, *a, *b, *base):
+            layers = zip(x, a, b, base, strict=True)
+            return [_adapt(x, a, b, offsets, scale, base) for x, a, b, base in layers]
         return _lora_many(x, a, b, offsets, scale, base)
     except Exception:
         _check_layers(x, a, b, offsets, scale, base)
         _check.offsets_content("offsets", offsets, math.prod(x[0].shape[:-1]))
         raise
+
+
+def _adapt(
+    x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, scale: float, base: Tensor | None
+) -> Tensor:
+    if needs_grad(x, a, b, base):
+        x, a, b, offsets, base = distinct(x, a, b, offsets, base)
+        return _InstanceLoRA.apply(x, a, b, offsets, scale, base)
+    return _lora(x, a, b, offsets, scale, base)[0]
 
 
 def _check_arguments(
@@ -241,6 +251,8 @@ def _check_arguments(
 def _check_layers(
     x: tuple, a: tuple, b: tuple, offsets: object, scale: object, base: tuple
 ) -> None:
+    if not x:
+        raise ValueError("x must have at least one layer, got none")
     for name, value in (("a", a), ("b", b), ("base", base)):
         if len(value) != len(x):
             raise ValueError(

@@ -50,9 +50,13 @@ def instance_lora_bwd(
     """
     rows, wide_a, wide_b = _widen(x, a, b)
     g = grad.reshape(-1, b.shape[0]).to(rows.dtype) * scale
-    dx = torch.zeros_like(rows) if need_x else rows[:0]
-    da = torch.zeros_like(wide_a) if need_a else wide_a[:0]
-    db = torch.zeros_like(wide_b) if need_b else wide_b[:0]
+    dx = rows.new_zeros(rows.shape) if need_x else rows.new_empty(0, *rows.shape[1:])
+    da = (
+        a.new_zeros(a.shape, dtype=rows.dtype) if need_a else wide_a.new_empty(0, *wide_a.shape[1:])
+    )
+    db = (
+        b.new_zeros(b.shape, dtype=rows.dtype) if need_b else wide_b.new_empty(0, *wide_b.shape[1:])
+    )
     for m, span in enumerate(_spans(offsets, rows.shape[0])):
         u = g[span] @ wide_b
         if need_x:
