@@ -18,6 +18,7 @@ from bench.projectors import (
     padded_read,
     peak,
     plain,
+    projected_read,
     projector,
     ragged_read,
     tokens,
@@ -44,6 +45,11 @@ def test_levels(contest, dtype, backward):
             inputs=[padded(offsets)] * LEVELS,
         ),
     ]
+    contenders.append(
+        task.contender(
+            "ragged, atoms projected", lambda *x: projected_read(projector(dtype), x, offsets)
+        )
+    )
     pooled = 2 * 2.0 * atoms * LEVELS * QUERIES * HEADS * WIDTH
     projected = 2 * 2.0 * len(SMALL.atoms) * LEVELS * QUERIES * WIDTH * WIDTH
     contest(
