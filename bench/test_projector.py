@@ -26,7 +26,7 @@ from bench.projectors import (
 from bench.workloads import SMALL
 
 PLAIN = "MLP, a token per atom"
-SIZES = (5, 10, 20, 40, 75, 150, 300)
+SIZES = (5, 10, 20, 50, 120, 300)
 
 
 def test_levels(contest, dtype, backward):
@@ -85,7 +85,7 @@ def test_size(contest, size):
             Task(given, (), truths[:1], 1),
             contenders,
             work=Work(sum(x.nbytes for x in given), 2.0 * weights * len(truths[0])),
-            budget=1.0,
+            budget=0.4,
         )
     outcome.extra[SIZE] = size
     for kind, name in (("levels", OURS), ("plain", PLAIN)):

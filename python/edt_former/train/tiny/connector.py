@@ -30,11 +30,11 @@ SIZES = {"width": 128, "layers": 3, "heads": 4, "ffn": 512, "dropout": 0.0, "sum
 
 LEVELS = {
     **{"name": "llamo", "level_queries": 4, "motif_queries": 4, "width": 96, "heads": 4},
-    **{"depth": 2, "sum_tokens": 4},
+    **{"depth": 2, "sum_tokens": 1},
 }
 """Of LLaMo, whose queries read each a level of the graph encoder, or motifs."""
 
-MOTIFS_AT_A_TIME = 512
+LEVELS_AT_A_TIME = 512
 """Molecules."""
 
 ANCHORS = 32
@@ -129,22 +129,25 @@ class FeatureTable:
 
 
 class LevelTable:
-    """What every level of a frozen encoder says of M molecules, computed when it is asked for.
-
-    All levels of all molecules would be some gigabytes, an encoder of bonds is quick.
+    """What every level of a frozen encoder says of M molecules, and their motifs, computed once.
 
     Args:
         table: the molecules.
-        encoder: frozen.
+        encoder: frozen, with one view of a molecule.
     """
 
+    @torch.no_grad()
     def __init__(self, table: MoleculeTable, encoder: GraphEncoder) -> None:
-        self.table, self.encoder, self.answers = table, encoder, table.answers
+        self.table, self.answers = table, table.answers
         motifs: list[np.ndarray] = []
-        for first in trange(0, len(table), MOTIFS_AT_A_TIME, desc="motifs", unit="batch"):
-            rows = range(first, min(first + MOTIFS_AT_A_TIME, len(table)))
+        levels: list[np.ndarray] = []
+        for first in trange(0, len(table), LEVELS_AT_A_TIME, desc="levels, motifs", unit="batch"):
+            rows = np.arange(first, min(first + LEVELS_AT_A_TIME, len(table)))
             motifs += motif_features([table.molecule(row) for row in rows])
+            found = encoder.levels(table.batch(rows))
+            levels.append(torch.stack([level.values.half() for level in found]).numpy())
         self.motifs = MotifFeatures.pack(motifs)
+        self.values = np.concatenate(levels, 1)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -152,15 +155,15 @@ class LevelTable:
     @property
     def num_levels(self) -> int:
         """Levels of the encoder."""
-        return len(self.batch(np.arange(1))[0].levels)
+        return len(self.values)
 
-    @torch.no_grad()
     def batch(self, rows: np.ndarray) -> tuple[GraphFeatures, dict[str, Patches]]:
         """Features of all levels and motifs of the molecules of `rows`; no patches."""
-        features = self.encoder.with_levels(self.table.batch(rows))
+        atoms, bounds = gather_ranges(self.table.offsets, rows)
+        levels = torch.from_numpy(self.values[:, atoms]).float().unbind()
         motifs, offsets = gather_ranges(self.motifs.offsets.numpy(), rows)
         own = MotifFeatures(self.motifs.values[motifs], torch.from_numpy(offsets))
-        return features._replace(motifs=own), {}
+        return GraphFeatures(levels[-1], torch.from_numpy(bounds), None, levels, own), {}
 
 
 @torch.no_grad()
