@@ -274,13 +274,11 @@ class _Alignment:
 
 
 class _FreeAlignment(_Alignment):
-    """Stage 1 where any token may write any fact: a fact's loss is the least of all tokens'.
+    """Stage 1 where any token may write any fact, and none writes two.
 
-    A soft least, -h log sum_t exp(-loss_t / h) of the losses over the batch, so that a token which
+    Facts are dealt to tokens by their losses over the batch, softly (`deal`), so that a token which
     writes a fact a little better than the others comes to write it.
     """
-
-    SOFTNESS = 0.1
 
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = rng.choice(len(self.features), self.BATCH, replace=False)
@@ -296,9 +294,9 @@ class _FreeAlignment(_Alignment):
         away = distance.gather(-1, true).squeeze(-1) / norm[self.facts, truth][:, None]
         weight = self.weights[self.facts, truth][:, None]
         losses = (weight * (nats + away)).sum(0) / weight.sum(0)
-        least = -self.SOFTNESS * (-losses / self.SOFTNESS).logsumexp(0)
-        value = (weight.sum((0, 1)) * least).sum() / weight.sum()
-        writer = losses.argmin(0)
+        dealt = deal(losses.detach())
+        value = (weight.sum((0, 1)) * (dealt * losses).sum(0)).sum() / weight.sum()
+        writer = dealt.argmax(0)
         said = logits.argmax(-1)[:, writer, self.facts]
         figures = {
             "nats": nats[:, writer, self.facts].mean().item(),
@@ -307,6 +305,29 @@ class _FreeAlignment(_Alignment):
             "writers": float(len(writer.unique())),
         }
         return value, figures
+
+
+def deal(losses: Tensor, *, softness: float = 0.03, rounds: int = 30) -> Tensor:
+    """How much of each fact every token is dealt, [T, F]: columns sum to 1, rows to at most 1.
+
+    The deal that keeps sum(dealt * losses) low, softened by an entropy, by Sinkhorn's rounds over
+    rows and columns (arXiv:1306.0895); tokens that are left over get facts without a loss.
+
+    Args:
+        losses: [T, F], T at least F, of token t with fact f.
+        softness: of losses, that count as alike.
+        rounds: of scaling.
+
+    >>> dealt = deal(torch.tensor([[0.1, 0.2], [0.5, 1.5], [0.9, 2.0]]))
+    >>> dealt.round(decimals=2).tolist()
+    [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+    """
+    tokens, facts = losses.shape
+    log = F.pad(-losses / softness, (0, tokens - facts), value=float(-losses.mean() / softness))
+    for _ in range(rounds):
+        log = log - log.logsumexp(1, keepdim=True)
+        log = log - log.logsumexp(0, keepdim=True)
+    return log[:, :facts].exp()
 
 
 class _Answering:

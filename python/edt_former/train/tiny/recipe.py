@@ -78,7 +78,7 @@ METHOD = {
     "and to echo the key before the answer; frozen after it passed the gate (see reading)",
     "connectors": "trained from scratch against the same frozen parts, with the truths of the "
     "questions on training molecules, in 3D and both on those with a conformer; stage 1: a query "
-    "per fact learns to write its soft token, of LLaMo the token that does it best; stage 2: the "
+    "per fact learns to write its soft token, LLaMo's by the facts that it is dealt; stage 2: the "
     "language model's loss on answers alone",
 }
 
