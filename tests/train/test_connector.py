@@ -287,7 +287,7 @@ def test_any_token_of_llamo_may_learn_to_write_any_fact(
     assert set(figures[1][0]) == {"nats", "right"}
 
 
-def test_the_least_loss_is_that_of_the_token_that_writes_a_fact(
+def test_facts_are_dealt_to_the_tokens_that_write_them(
     frozen, levels, language_model, bank
 ):
     """Tokens that say every truth, in any order, have no loss but that of the sharpness."""
