@@ -1,7 +1,8 @@
 """Triton kernels of the ops for GPUs; imported by the first call that needs one.
 
 Every module holds the kernels of one op, launchers with the signatures of the raw ops, and
-`configurations(device, dtype)`: calls that together launch every kernel as it ships.
+`configurations(device, dtype)`: calls that together launch every kernel as it ships, the sizes of
+most use last.
 """
 
 from __future__ import annotations

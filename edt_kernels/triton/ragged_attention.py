@@ -6,7 +6,9 @@ dk = scale dx^T Q, dv = (M P)^T dO. The backward makes x again tile by tile. Its
 head and sum over the query heads that share it, so nothing is added by two programs: no atomics,
 and a molecule's bits do not depend on its batch.
 
-Tiles are [BLOCK_M queries, BLOCK_N keys]; rows, columns and pairs outside a molecule are masked.
+A molecule of at most BLOCK_M queries and BLOCK_N keys is one tile, and both kernels go straight
+through it. Longer ones are cut into tiles of BLOCK_M queries and LOOP_N keys. What a tile has
+beyond its molecule, or a head beyond its width D, is masked.
 """
 
 from __future__ import annotations
@@ -108,6 +110,12 @@ def _store_numbers(ptr, x, row, queries, HEADS: tl.constexpr):
 def _finite(x):
     """0 in place of -inf: where no key is seen, weights are e^(-inf - 0) = 0."""
     return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def _inverse(total):
+    """1 / total; 1 where no key is seen, whose weights are 0."""
+    return 1 / tl.where(total == 0, 1.0, total)
 
 
 # A tile of pairs is (head, row, key, queries, keys, pitch): its head, the indices [BLOCK_M, 1] and
@@ -294,8 +302,8 @@ def _forward_kernel(
         if seed_ptr is not None:
             p *= _dropout(seed, tile, drop_below, keep_scale)
         out = _product(p.to(v.dtype), v, ACC)
-        total = tl.where(total == 0, 1.0, total)
-        _store_rows(out_ptr, out / total, 0, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
+        out *= _inverse(total)
+        _store_rows(out_ptr, out, 0, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
         _store_numbers(lse_ptr, top + tl.log(total), row, queries, HEADS)
     else:
         for first in range(0, queries, BLOCK_M):
@@ -322,8 +330,8 @@ def _forward_kernel(
                     p *= _dropout(seed, tile, drop_below, keep_scale)
                 out = _add_product(out * shrink, p.to(v.dtype), v, ACC)
                 top = higher
-            total = tl.where(total == 0, 1.0, total)
-            _store_rows(out_ptr, out / total, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
+            out *= _inverse(total)
+            _store_rows(out_ptr, out, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
             _store_numbers(lse_ptr, top + tl.log(total), row, queries, HEADS)
 
 
@@ -334,31 +342,16 @@ def _of_head(ptr, head, stride):
 
 
 @triton.jit
-def _recompute(
-    q,
-    k,
-    v,
-    grad,
-    lse,
-    tile,
-    factors,
-    seed,
-    bias_ptr,
-    HEADS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SLICES: tl.constexpr,
-):
-    """P, M P and dP of a tile."""
+def _weight_grads(p, v, grad, tile, factors, seed, SLICES: tl.constexpr):
+    """M P and dP of a tile."""
     scale, drop_below, keep_scale = factors
-    x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL, SLICES)
-    p = tl.exp(x - _finite(lse))
     kept = p
     dp = _row_products(grad, v, SLICES, scale.dtype)
     if seed is not None:
         m = _dropout(seed, tile, drop_below, keep_scale)
         kept = m * p
         dp = m * dp
-    return p, kept, dp
+    return kept, dp
 
 
 @triton.jit
@@ -397,7 +390,7 @@ def _backward_kernel(
     dk_ptr,  # [key_rows, HEADS / GROUP, D]
     dv_ptr,
     dbias_ptr,  # [pairs, HEADS], or None
-    shift_ptr,  # [rows, HEADS], delta - dlse of molecules that do not fit a tile
+    rows_ptr,  # [rows, 2, HEADS], what a program notes of the queries of molecules that fit no tile
     grad_head,
     q_head,
     k_head,
@@ -455,7 +448,7 @@ def _backward_kernel(
     dk_ptr += (k_begin * KV_HEADS + kv_head) * D
     dv_ptr += (k_begin * KV_HEADS + kv_head) * D
     lse_ptr += q_begin * HEADS
-    shift_ptr += q_begin * HEADS
+    rows_ptr += q_begin * (2 * HEADS)
     if grad_lse_ptr is not None:
         grad_lse_ptr += q_begin * HEADS
     if pair_offsets_ptr is not None:
@@ -480,11 +473,11 @@ def _backward_kernel(
         grad = _of_head(grad_ptr, head, grad_head)
         grad = _load_rows(grad, 0, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
         v = _load_rows(v_ptr, 0, keys, V_ROW, D, BLOCK_N, BLOCK_D)
-        lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
         tile = head, row, key, queries, keys, pitch
-        p, kept, dp = _recompute(
-            q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
-        )
+        x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL, SLICES)
+        p = tl.exp(x - _finite(tl.max(x, 1, keep_dims=True)))
+        p *= _inverse(tl.sum(p, 1, keep_dims=True))
+        kept, dp = _weight_grads(p, v, grad, tile, factors, seed, SLICES)
         dv = _product(tl.trans(grad), kept.to(grad.dtype), ACC)
         _store_rows(dv_ptr, tl.trans(dv), 0, keys, KV_HEADS * D, D, BLOCK_N, BLOCK_D)
         shift = tl.sum(p * dp, 1, keep_dims=True)
@@ -505,10 +498,9 @@ def _backward_kernel(
                 row = first + tl.arange(0, BLOCK_M)[:, None]
                 q = _load_rows(q_of_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
                 grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
-                lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
+                lse = _finite(_load_numbers(lse_ptr + head, row, queries, HEADS))
+                total = tl.zeros((BLOCK_M, 1), ACC)
                 shift = tl.zeros((BLOCK_M, 1), ACC)
-                if grad_lse_ptr is not None:
-                    shift -= _load_numbers(grad_lse_ptr + head, row, queries, HEADS)
                 end = keys
                 if CAUSAL:
                     end = tl.minimum(keys, first + BLOCK_M + keys - queries)
@@ -517,11 +509,17 @@ def _backward_kernel(
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
                     tile = head, row, key, queries, keys, pitch
-                    p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
-                    )
+                    x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL, SLICES)
+                    p = tl.exp(x - lse)
+                    kept, dp = _weight_grads(p, v, grad, tile, factors, seed, SLICES)
+                    total += tl.sum(p, 1, keep_dims=True)
                     shift += tl.sum(p * dp, 1, keep_dims=True)
-                _store_numbers(shift_ptr + head, shift, row, queries, HEADS)
+                share = _inverse(total)
+                shift *= share
+                if grad_lse_ptr is not None:
+                    shift -= _load_numbers(grad_lse_ptr + head, row, queries, HEADS)
+                _store_numbers(rows_ptr + head, share, row, queries, 2 * HEADS)
+                _store_numbers(rows_ptr + HEADS + head, shift, row, queries, 2 * HEADS)
 
                 dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
                 if dbias_ptr is not None:
@@ -531,9 +529,9 @@ def _backward_kernel(
                     k = _load_rows(k_ptr, first_key, keys, K_ROW, D, LOOP_N, BLOCK_D)
                     v = _load_rows(v_ptr, first_key, keys, V_ROW, D, LOOP_N, BLOCK_D)
                     tile = head, row, key, queries, keys, pitch
-                    p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
-                    )
+                    x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL, SLICES)
+                    p = tl.exp(x - lse) * share
+                    kept, dp = _weight_grads(p, v, grad, tile, factors, seed, SLICES)
                     dx = _logit_grads(
                         p, dp, shift, tile, grad_scores_ptr, dbias_ptr, HEADS, CAUSAL
                     ).to(q.dtype)
@@ -541,7 +539,7 @@ def _backward_kernel(
                 dq *= scale
                 _store_rows(dq_ptr + head * D, dq, first, queries, HEADS * D, D, BLOCK_M, BLOCK_D)
 
-        # Other threads of this program read the shift of a query than wrote it.
+        # Other threads of this program read what is noted of a query than wrote it.
         tl.debug_barrier()
         for first_key in range(0, keys, LOOP_N):
             key = first_key + tl.arange(0, LOOP_N)[None, :]
@@ -560,12 +558,13 @@ def _backward_kernel(
                     row = first + tl.arange(0, BLOCK_M)[:, None]
                     q = _load_rows(q_of_head, first, queries, Q_ROW, D, BLOCK_M, BLOCK_D)
                     grad = _load_rows(grad_of_head, first, queries, GRAD_ROW, D, BLOCK_M, BLOCK_D)
-                    lse = _load_numbers(lse_ptr + head, row, queries, HEADS)
-                    shift = _load_numbers(shift_ptr + head, row, queries, HEADS)
+                    lse = _finite(_load_numbers(lse_ptr + head, row, queries, HEADS))
+                    share = _load_numbers(rows_ptr + head, row, queries, 2 * HEADS)
+                    shift = _load_numbers(rows_ptr + HEADS + head, row, queries, 2 * HEADS)
                     tile = head, row, key, queries, keys, pitch
-                    p, kept, dp = _recompute(
-                        q, k, v, grad, lse, tile, factors, seed, bias_ptr, HEADS, CAUSAL, SLICES
-                    )
+                    x = _logits(q, k, tile, scale, bias_ptr, HEADS, CAUSAL, SLICES)
+                    p = tl.exp(x - lse) * share
+                    kept, dp = _weight_grads(p, v, grad, tile, factors, seed, SLICES)
                     dv = _add_product(dv, tl.trans(grad), kept.to(grad.dtype), ACC)
                     dx = _logit_grads(p, dp, shift, tile, grad_scores_ptr, None, HEADS, CAUSAL).to(
                         q.dtype
@@ -619,8 +618,8 @@ class Tiles(NamedTuple):
     slices: int = 1
 
 
-# By bytes of a number and width of a head, rounded up to a power of two: without pairs, and with a
-# bias or scores. Constants, so that a molecule has the same bits in every batch.
+# By bytes of a number and width of a head, rounded up to a power of two: plain, and with a bias,
+# scores or dropout. Constants, so that a molecule has the same bits in every batch.
 #
 # They are chosen from what the compiled kernels need (registers, shared memory, no spills) and from
 # arithmetic for an H200, not measured. Attention of 40 queries over 30 atoms, 64 wide in bfloat16,
@@ -633,22 +632,25 @@ _FORWARD = {
     (2, 128): (Tiles(64, 64, 32, 4), Tiles(64, 32, 16, 4)),
     (2, 256): (Tiles(32, 32, 32, 8), Tiles(32, 32, 32, 8)),
     (4, 16): (Tiles(64, 32, 32, 4), Tiles(32, 32, 32, 4)),
-    (4, 32): (Tiles(64, 32, 32, 8), Tiles(32, 32, 32, 4)),
+    (4, 32): (Tiles(64, 32, 32, 8), Tiles(64, 32, 16, 8)),
     (4, 64): (Tiles(64, 32, 32, 8), Tiles(64, 32, 16, 8)),
-    (4, 128): (Tiles(32, 32, 32, 8), Tiles(32, 32, 16, 8)),
+    (4, 128): (Tiles(32, 32, 32, 8), Tiles(32, 32, 32, 8)),
     (4, 256): (Tiles(16, 16, 16, 8), Tiles(16, 16, 16, 8)),
-    **{(8, d): (Tiles(16, 16, 16, 4), Tiles(16, 16, 16, 4)) for d in (16, 32, 64, 128, 256)},
+    **{(8, d): (Tiles(16, 16, 16, 4), Tiles(16, 16, 16, 4)) for d in (16, 32, 64, 128)},
+    (8, 256): (Tiles(16, 16, 16, 8), Tiles(16, 16, 16, 8)),
 }
 _BACKWARD = {
     (2, 64): (Tiles(64, 64, 32, 4), Tiles(64, 32, 16, 4)),
     (2, 128): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
     (2, 256): (Tiles(16, 32, 16, 4), Tiles(16, 32, 16, 4)),
-    (4, 16): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
-    (4, 32): (Tiles(32, 32, 16, 4), Tiles(32, 32, 16, 4)),
-    (4, 64): (Tiles(64, 32, 16, 8, 4), Tiles(16, 16, 16, 8)),
-    (4, 128): (Tiles(32, 32, 16, 8, 4), Tiles(16, 16, 16, 8)),
+    (4, 16): (Tiles(64, 32, 16, 8), Tiles(32, 32, 16, 4)),
+    (4, 32): (Tiles(64, 32, 16, 8), Tiles(32, 32, 16, 4, 2)),
+    (4, 64): (Tiles(64, 32, 16, 8, 4), Tiles(32, 32, 16, 8, 4)),
+    (4, 128): (Tiles(32, 32, 16, 8, 4), Tiles(16, 16, 16, 8, 4)),
     (4, 256): (Tiles(16, 16, 16, 8, 4), Tiles(16, 16, 16, 8, 4)),
-    **{(8, d): (Tiles(16, 16, 16, 4), Tiles(16, 16, 16, 4)) for d in (16, 32, 64, 128, 256)},
+    **{(8, d): (Tiles(16, 16, 16, 4), Tiles(16, 16, 16, 4)) for d in (16, 32)},
+    (8, 64): (Tiles(16, 16, 16, 4), Tiles(16, 16, 16, 4, 4)),
+    **{(8, d): (Tiles(16, 16, 16, 8, 4), Tiles(16, 16, 16, 8, 4)) for d in (128, 256)},
 }
 
 
@@ -724,7 +726,7 @@ def ragged_attention_general(
         *(out, lse, scores if return_scores else None),
         *(q.stride(1), k.stride(1), v.stride(1)),
         *(molecules, rows, pairs),
-        **_options(_FORWARD, q, k, v, pair_offsets, causal, scale, seed, dropout_p),
+        **_options(_FORWARD, q, k, v, pair_offsets is None, causal, scale, seed, dropout_p),
         INDEX=_index(bias, scores),
     )
     return out, lse, scores
@@ -767,11 +769,11 @@ def ragged_attention_general_bwd(
         (molecules * kv_heads + tail,),
         *(grad, grad_lse, grad_scores, q, k, v, bias, _seed(seed, dropout_p), lse),
         *(q_offsets, k_offsets, pair_offsets),
-        *(dq, dk, dv, None if bias is None else dbias, torch.empty_like(lse)),
+        *(dq, dk, dv, None if bias is None else dbias, lse.new_empty(rows, 2, heads)),
         *(grad.stride(1), q.stride(1)),
         *(k.stride(1), v.stride(1)),
         *(molecules, rows, key_rows, pairs),
-        **_options(_BACKWARD, q, k, v, pair_offsets, causal, scale, seed, dropout_p),
+        **_options(_BACKWARD, q, k, v, pair_offsets is None, causal, scale, seed, dropout_p),
         INDEX=_index(bias, grad_scores),
         GRAD_ROW=grad.stride(0),
     )
@@ -807,7 +809,7 @@ def _options(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pair_offsets: Tensor | None,
+    no_pairs: bool,
     causal: bool,
     scale: float | None,
     seed: Tensor | None,
@@ -819,7 +821,8 @@ def _options(
         raise ValueError(f"q must have shape [Tq, H, D] with D <= 256 on a GPU, got {width}")
     # Tensor cores take 64 at a time, the units of wider numbers one.
     block_d = max(64 if q.element_size() == 2 else 16, triton.next_power_of_2(width))
-    tiles = table[q.element_size(), block_d][pair_offsets is not None]
+    plain, general = table[q.element_size(), block_d]
+    tiles = plain if no_pairs and dropout_p == 0 else general
     return {
         "scale": 1 / math.sqrt(width) if scale is None else float(scale),
         "drop_below": int(dropout_p * 2**32),
@@ -863,9 +866,9 @@ def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configu
             call = (q, None, q, k, k, lse, *options[:-1])
             yield Configuration(name, ragged_attention_bwd, call)
 
-    for width in sorted({width for size, width in _FORWARD if size == dtype.itemsize}):
-        yield from calls(f"pairs-{width}", width, pairs=True)
-        yield from calls(str(width), width)
     yield from calls("causal-64", 64, causal=True)
     yield from calls("grouped-64", 64, kv_heads=4)
-    yield from calls("64", 64)
+    widths = {width for size, width in _FORWARD if size == dtype.itemsize}
+    for width in (*sorted(widths - {64}), 64):
+        yield from calls(f"pairs-{width}", width, pairs=True)
+        yield from calls(str(width), width)

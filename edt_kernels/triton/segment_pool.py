@@ -398,10 +398,10 @@ def _programs(segments: int, order: Tensor | None, rows: int, block: int) -> int
 
 
 def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
-    """Atoms of a graph encoder, in runs and by order and weight, and one column."""
+    """One column, and atoms of a graph encoder, in runs and by order and weight."""
     offsets = torch.zeros(2, dtype=torch.int64, device=device)
     order = torch.zeros(16, dtype=torch.int64, device=device)
-    for width in (768, 1):
+    for width in (1, 768):
         values = torch.zeros(16, width, dtype=dtype, device=device)
         weight, grad = values[:, 0].clone(), values[:1]
         source = torch.zeros(1, width, dtype=source_dtype(dtype), device=device)

@@ -142,9 +142,9 @@ def _launch(kernel, *inputs: Tensor, offsets: Tensor, out: Tensor) -> None:
 
 
 def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configuration]:
-    """The heads of an attention, and one column."""
+    """One column, and the heads of an attention."""
     offsets = torch.zeros(2, dtype=torch.int64, device=device)
-    for width in (12, 1):
+    for width in (1, 12):
         values = torch.zeros(16, width, dtype=dtype, device=device)
         yield Configuration(f"{width}", segment_softmax, (values, offsets))
         yield Configuration(f"{width}", segment_softmax_bwd, (values, values, offsets))

@@ -46,7 +46,8 @@ def draw(rng: Random, op: str | None = None) -> Call:
     """A legal call, of one op if it is named."""
     call = OPS[op or rng.choice(list(OPS))](rng)
     floats = [name for name, x in call.tensors.items() if x.is_floating_point()]
-    return replace(call, grads=tuple(name for name in floats if rng.random() < 0.6))
+    chance = rng.choice((0, 0.6, 0.6))
+    return replace(call, grads=tuple(name for name in floats if rng.random() < chance))
 
 
 def spoil(rng: Random, call: Call) -> Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ BUDGETS = {
     "linear_entropy._merge_kernel": (48, 40, 0),
     "linear_entropy._slopes_kernel": (255, 72, 98304),
     "linear_entropy._weight_bwd_kernel": (255, 120, 33792),
-    "ragged_attention._backward_kernel": (255, 288, 40960),
-    "ragged_attention._forward_kernel": (255, 288, 24576),
+    "ragged_attention._backward_kernel": (255, 288, 86016),
+    "ragged_attention._forward_kernel": (255, 288, 49152),
     "ragged_attention._pair_offsets_kernel": (96, 72, 128),
     "ragged_cat._gather_kernel": (64, 32, 0),
     "ragged_cat._ragged_cat_kernel": (64, 48, 0),
@@ -83,19 +84,30 @@ def shipped(dtype: torch.dtype) -> list[tuple[str, Launch]]:
     return list(found.values())
 
 
-def one_of_each(launches: list[tuple[str, Launch]]) -> list[tuple[str, Launch]]:
-    return list({kernel_name(launch): (name, launch) for name, launch in launches}.values())
+def last_of_each(
+    launches: list[tuple[str, Launch]], key: Callable[[Launch], object]
+) -> list[tuple[str, Launch]]:
+    return list({key(launch): (name, launch) for name, launch in launches}.values())
 
 
+def options(launch: Launch) -> object:
+    """What tells launches apart; of attention, which takes seconds to compile, not its sizes."""
+    if not kernel_name(launch).startswith("ragged_attention."):
+        return id(launch)
+    given = [x is None for name, x in launch.arguments.items() if name.endswith("_ptr")]
+    return kernel_name(launch), *given, launch.arguments.get("CAUSAL")
+
+
+EVERY = os.environ.get("EDT_FULL_SIZE") == "1"
 SINGLE, HALF, DOUBLE = map(shipped, (torch.float32, torch.bfloat16, torch.float64))
 CASES = [
     pytest.param(launch, target, id=f"{name}-{dtype}-{target}")
     for dtype, target, launches in (
-        ("float32", "sm_90", SINGLE),
-        ("bfloat16", "sm_90", HALF),
-        ("float64", "sm_90", one_of_each(DOUBLE)),
-        ("bfloat16", "sm_80", one_of_each(HALF)),
-        ("float32", "gfx942", one_of_each(SINGLE)),
+        ("float32", "sm_90", SINGLE if EVERY else last_of_each(SINGLE, options)),
+        ("bfloat16", "sm_90", HALF if EVERY else last_of_each(HALF, options)),
+        ("float64", "sm_90", last_of_each(DOUBLE, kernel_name)),
+        ("bfloat16", "sm_80", HALF if EVERY else last_of_each(HALF, kernel_name)),
+        ("float32", "gfx942", SINGLE if EVERY else last_of_each(SINGLE, kernel_name)),
     )
     for name, launch in launches
 ]

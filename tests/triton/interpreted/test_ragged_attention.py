@@ -12,14 +12,8 @@ from edt_kernels.triton import ragged_attention as launchers
 
 # Queries and keys per molecule: a molecule that fits one tile of every size, none of either, one
 # more and one less than whole blocks, and several blocks of both.
-LENGTHS = ((3, 0, 2, 1, 31, 17, 33, 70), (5, 4, 0, 1, 33, 16, 31, 150))
+LENGTHS = ((3, 0, 2, 1, 31, 17, 33, 70), (5, 4, 0, 1, 33, 16, 31, 50))
 SMALL = ((3, 0, 2, 33, 9), (5, 4, 0, 17, 35))
-# Query heads, key heads, width: fewer keys' heads, widths that are no power of two.
-HEADS = [
-    pytest.param((2, 2, 64), id="H2-D64"),
-    pytest.param((3, 3, 5), id="H3-D5"),
-    pytest.param((2, 1, 20), id="H2-Hkv1-D20"),
-]
 SEEDS = torch.tensor([-5, 2**62, 11, 3, 0, -(2**63), 7, 1])
 
 
@@ -69,8 +63,8 @@ def with_grads(function, tensors, offsets, grads, **options):
     ]
 
 
-def assert_matches(tensors, offsets, grads, units=4, **options):
-    """Errs at most twice as much as the reference, plus units in the last place of the largest."""
+def assert_matches(tensors, offsets, grads, **options):
+    """At most twice the error of the reference, and 4 units in the last place of the largest."""
 
     def double(x):
         return [y.double() for y in x]
@@ -83,40 +77,43 @@ def assert_matches(tensors, offsets, grads, units=4, **options):
     same_dtype = with_grads(referred, tensors, offsets, grads, **options)
     for mine, theirs, exact in zip(found, same_dtype, truth, strict=True):
         largest = max(1.0, exact.masked_fill(exact == -torch.inf, 0).abs().max().item())
-        eps = units * torch.finfo(mine.dtype).eps * largest
+        eps = 4 * torch.finfo(mine.dtype).eps * largest
         assert_within_budget(mine, theirs, exact, eps=eps)
 
 
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+# Query heads, key heads, width: fewer key heads, widths that are no power of two.
+@pytest.mark.parametrize(
+    ("heads", "causal"),
+    [((2, 2, 64), False), ((3, 3, 5), True), ((2, 1, 20), False), ((2, 1, 20), True)],
+    ids=["64", "5-causal", "20-grouped", "20-grouped-causal"],
+)
 def test_values_and_gradients(heads, causal):
     assert_matches(*batch(LENGTHS, heads, torch.float32), causal=causal)
 
 
 @pytest.mark.parametrize(
-    ("heads", "causal"), [((3, 3, 5), True), ((2, 1, 20), False)], ids=["causal", "full"]
+    ("heads", "causal"), [((2, 2, 5), True), ((2, 1, 20), False)], ids=["causal", "grouped"]
 )
 def test_bias_and_scores(heads, causal):
     assert_matches(*batch(LENGTHS, heads, torch.float32, pairs=True), causal=causal)
 
 
 @pytest.mark.parametrize(
-    ("heads", "seed"), [((3, 3, 5), SEEDS), ((2, 1, 20), torch.tensor(7))], ids=["each", "one"]
+    ("heads", "seed"), [((2, 2, 5), SEEDS), ((2, 1, 20), torch.tensor(7))], ids=["each", "one"]
 )
 def test_dropout_is_the_references(heads, seed):
     assert_matches(*batch(LENGTHS, heads, torch.float32), dropout_p=0.3, seed=seed)
 
 
-@pytest.mark.parametrize("dropout_p", [0.75, 0.1], ids=str)
-def test_everything_at_once(dropout_p):
+def test_everything_at_once():
     operands = batch(SMALL, (4, 2, 5), torch.float32, pairs=True)
-    # Weights are made again from the lse, whose last place counts.
-    assert_matches(*operands, 16, causal=True, scale=0.7, dropout_p=dropout_p, seed=SEEDS[:5])
+    # A share whose 32 bits are no positive int32.
+    assert_matches(*operands, causal=True, scale=0.7, dropout_p=0.75, seed=SEEDS[:5])
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["plain", "pairs"])
 def test_float64(pairs):
-    assert_matches(*batch(SMALL, (4, 2, 5), torch.float64, pairs=pairs), causal=True)
+    assert_matches(*batch(SMALL, (2, 1, 5), torch.float64, pairs=pairs), causal=True)
 
 
 @pytest.mark.parametrize("width", [33, 100, 200])
@@ -203,7 +200,8 @@ def test_any_strides():
 @pytest.mark.parametrize("pairs", [False, True], ids=["plain", "pairs"])
 def test_a_molecule_has_the_same_bits_in_every_batch(pairs):
     lengths = ((3, 70, 0, 9, 33), (5, 40, 4, 0, 35))
-    tensors, offsets, grads = batch(lengths, (2, 1 + pairs, 8), torch.float32, pairs=pairs, tail=0)
+    heads = (1, 1, 8) if pairs else (2, 1, 8)
+    tensors, offsets, grads = batch(lengths, heads, torch.float32, pairs=pairs, tail=0)
     dropout = {"dropout_p": 0.2, "seed": SEEDS[:5]} if pairs else {}
     whole = with_grads(ours, tensors, offsets, grads, causal=pairs, **dropout)
     counts = [i * j for i, j in zip(*lengths, strict=True)]
