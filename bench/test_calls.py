@@ -45,6 +45,17 @@ def tiny_calls() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...], b
             True,
         ),
     }
+    a, b = torch.randn(2, 4, 2), torch.randn(3, 2)
+    calls["instance_lora"] = (
+        lambda x, a, b: k.instance_lora(x, a, b, offsets),
+        (atoms, a, b),
+        True,
+    )
+    calls["instance_lora_many"] = (
+        lambda x, a, b: k.instance_lora_many([x] * 3, [a] * 3, [b] * 3, offsets),
+        (atoms, a, b),
+        False,
+    )
     if hasattr(k, "insert"):
         texts, at = torch.randn(5, 4), torch.tensor([1, 3])
         calls["insert"] = (lambda e, t: k.insert(e, offsets, t, offsets, at), (texts, atoms), True)

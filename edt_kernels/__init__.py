@@ -24,6 +24,7 @@ from edt_kernels.ops.entropy import entropy
 from edt_kernels.ops.entropy_patches import entropy_patches
 from edt_kernels.ops.find_patches import Patches, find_patches
 from edt_kernels.ops.insert import Inserted, insert
+from edt_kernels.ops.instance_lora import instance_lora, instance_lora_many
 from edt_kernels.ops.linear_entropy import linear_entropy
 from edt_kernels.ops.ragged_attention import ragged_attention
 from edt_kernels.ops.ragged_cat import ragged_cat
@@ -43,6 +44,8 @@ __all__ = [
     "find_patches",
     "from_nested",
     "insert",
+    "instance_lora",
+    "instance_lora_many",
     "linear_entropy",
     "offsets_from_batch",
     "offsets_from_lengths",

@@ -151,6 +151,7 @@ def cases() -> Iterator[Case]:
     yield from _pools()
     yield from _attentions()
     yield from _packs()
+    yield from _adapters()
 
 
 def _draw(rows: int, *shape: int, seed: int = 0) -> Tensor:
@@ -384,3 +385,36 @@ def _packs() -> Iterator[Case]:
             "joined": [a + b for a, b in zip(text, QUERIES, strict=True)],
         },
     )
+
+
+def _adapters() -> Iterator[Case]:
+    def adapt(x: Tensors, o: Tensors) -> dict[str, Output]:
+        out = edt_kernels.instance_lora(
+            x["x"], x["a"], x["b"], o["atoms"], scale=0.5, base=x["base"]
+        )
+        return {"out": Output(out, "atoms")}
+
+    for d_in, d_out, rank in ((64, 96, 16), (1100, 40, 5), (256, 256, 80)):
+        yield Case(
+            f"instance_lora, {d_in} to {d_out}, r={rank}",
+            adapt,
+            {
+                "x": _atoms(d_in),
+                "a": Input(_draw(len(ATOMS), d_in, rank, seed=1) / d_in**0.5, MOLECULE),
+                "b": Input(_draw(d_out, rank, seed=2), None),
+                "base": _atoms(d_out, seed=3),
+            },
+            {"atoms": ATOMS},
+        )
+
+    def step(x: Tensors, o: Tensors) -> dict[str, Output]:
+        names = ("q", "k")
+        a, b = ([x[f"{of}_{name}"].detach() for name in names] for of in ("a", "b"))
+        found = edt_kernels.instance_lora_many([x["x"].detach()] * 2, a, b, o["texts"])
+        return {name: Output(out, "texts") for name, out in zip(names, found, strict=True)}
+
+    texts, operands = [1, 0, 1, 1], {"x": Input(_draw(3, 96), "texts")}
+    for seed, (name, width, rank) in enumerate((("q", 64, 8), ("k", 32, 20))):
+        operands[f"a_{name}"] = Input(_draw(len(texts), 96, rank, seed=seed), MOLECULE)
+        operands[f"b_{name}"] = Input(_draw(width, rank, seed=seed + 5), None)
+    yield Case("instance_lora_many", step, operands, {"texts": texts})

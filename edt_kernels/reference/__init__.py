@@ -4,6 +4,11 @@ from edt_kernels.reference.entropy import entropy, entropy_bwd
 from edt_kernels.reference.entropy_patches import entropy_patches
 from edt_kernels.reference.find_patches import find_patches
 from edt_kernels.reference.insert import insert, insert_bwd
+from edt_kernels.reference.instance_lora import (
+    instance_lora,
+    instance_lora_bwd,
+    instance_lora_many,
+)
 from edt_kernels.reference.linear_entropy import linear_entropy, linear_entropy_bwd
 from edt_kernels.reference.ragged_cat import ragged_cat, ragged_cat_bwd
 from edt_kernels.reference.segment_pool import (
@@ -24,6 +29,9 @@ __all__ = [
     "find_patches",
     "insert",
     "insert_bwd",
+    "instance_lora",
+    "instance_lora_bwd",
+    "instance_lora_many",
     "linear_entropy",
     "linear_entropy_bwd",
     "ragged_cat",

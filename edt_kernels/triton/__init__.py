@@ -21,6 +21,7 @@ MODULES = (
     "entropy_patches",
     "find_patches",
     "insert",
+    "instance_lora",
     "linear_entropy",
     "ragged_attention",
     "ragged_cat",

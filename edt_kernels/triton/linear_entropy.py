@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edt_kernels.triton.entropy import empty_rows, entropy_from_sums, entropy_step, slope
 from edt_kernels.triton.launch import Configuration, launch
-from edt_kernels.triton.primitives import accumulator, dense
+from edt_kernels.triton.primitives import accumulator, dense, precision
 
 SPAN = 4096  # tokens of one program of the forward, and of a block of slopes
 SLOPES = 1 << 24  # numbers in a block of slopes
@@ -379,15 +379,6 @@ def _parts(rows: int, tokens: int, depth: int) -> tuple[int, int]:
     return triton.cdiv(rows, part_rows), part_rows
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as torch's matrix products are; with float16 in its digits."""
-    if torch.version.hip is not None:
-        return "ieee"
-    if dtype == torch.float16:
-        return "tf32"
-    return {"highest": "ieee", "high": "tf32x3"}.get(torch.get_float32_matmul_precision(), "tf32")
-
-
 def _tile(dtype: torch.dtype, tokens: int) -> dict[str, object]:
     """A tile of logits and how it is made; what is multiplied exactly takes more registers."""
     rows, columns, depth, warps = 64, 64, 32, 4
@@ -399,7 +390,7 @@ def _tile(dtype: torch.dtype, tokens: int) -> dict[str, object]:
         rows, columns, depth, warps = 128, 128, 64, 8
     return {
         "ACC": accumulator(dtype),
-        "PRECISION": _precision(dtype),
+        "PRECISION": precision(dtype),
         "BLOCK_N": rows,
         "BLOCK_V": columns,
         "BLOCK_K": depth,

@@ -12,6 +12,15 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as torch's matrix products are; with float16 in its digits."""
+    if torch.version.hip is not None:
+        return "ieee"
+    if dtype == torch.float16:
+        return "tf32"
+    return {"highest": "ieee", "high": "tf32x3"}.get(torch.get_float32_matmul_precision(), "tf32")
+
+
 def dense(x: torch.Tensor) -> torch.Tensor:
     """`x` contiguous and aligned to 16 bytes, itself where it is.
 

@@ -46,7 +46,8 @@ def draw(rng: Random, op: str | None = None) -> Call:
     """A legal call, of one op if it is named."""
     call = OPS[op or rng.choice(list(OPS))](rng)
     floats = [name for name, x in call.tensors.items() if x.is_floating_point()]
-    return replace(call, grads=tuple(name for name in floats if rng.random() < 0.6))
+    chance = rng.choice((0, 0.6, 0.6))
+    return replace(call, grads=tuple(name for name in floats if rng.random() < chance))
 
 
 def spoil(rng: Random, call: Call) -> Call:
@@ -414,6 +415,46 @@ def _insert(rng: Random) -> Call:
     return Call("insert", run, tensors)
 
 
+def _adapter(rng: Random, lengths: list[int], dtype: torch.dtype, layer: str = "") -> Tensors:
+    """x, a, b and sometimes a base of one layer, their names with `layer` behind."""
+    d_in, d_out, rank = _width(rng), _width(rng), rng.choice((1, 2, 8, 15, 16, 17, 40))
+    rows, tail = sum(lengths), _tail(rng) if layer == "" else 0
+    tensors = {
+        "x": _values(rng, dtype, rows, d_in, tail=tail),
+        "a": _values(rng, dtype, len(lengths), d_in, rank, scale=d_in**-0.5),
+        "b": _values(rng, dtype, d_out, rank, scale=rank**-0.5),
+    }
+    if rng.random() < 0.6:
+        tensors["base"] = _values(rng, dtype, rows, d_out, tail=tail)
+    return {f"{name}{layer}": x for name, x in tensors.items()}
+
+
+def _instance_lora(rng: Random) -> Call:
+    lengths, scale = _lengths(rng), rng.choice((1.0, 0.25, -2.0, 0.0))
+    tensors = _adapter(rng, lengths, _dtype(rng)) | {"offsets": _offsets(rng, lengths)}
+
+    def run(t: Tensors) -> Tensors:
+        places = t["x"], t["a"], t["b"], t["offsets"]
+        return {"out": ek.instance_lora(*places, scale=scale, base=t.get("base"))}
+
+    return Call("instance_lora", run, tensors, options=f"{scale}")
+
+
+def _instance_lora_many(rng: Random) -> Call:
+    lengths, scale, count = _lengths(rng), rng.choice((1.0, 0.25)), rng.randint(1, 4)
+    dtype, tensors = _dtype(rng), {"offsets": _offsets(rng, lengths)}
+    for k in range(count):
+        tensors |= _adapter(rng, lengths, dtype, layer=f"{k}")
+
+    def run(t: Tensors) -> Tensors:
+        x, a, b = ([t[f"{name}{k}"] for k in range(count)] for name in "xab")
+        base = [t.get(f"base{k}") for k in range(count)]
+        found = ek.instance_lora_many(x, a, b, t["offsets"], scale=scale, base=base)
+        return {f"out{k}": out for k, out in enumerate(found)}
+
+    return Call("instance_lora_many", run, tensors, options=f"{scale}")
+
+
 OPS: dict[str, Callable[[Random], Call]] = {
     "entropy": _entropy,
     "linear_entropy": _linear_entropy,
@@ -426,4 +467,6 @@ OPS: dict[str, Callable[[Random], Call]] = {
     "ragged_cat": _ragged_cat,
     "splice": _splice,
     "insert": _insert,
+    "instance_lora": _instance_lora,
+    "instance_lora_many": _instance_lora_many,
 }

@@ -14,6 +14,9 @@ CALLS = {
     "ragged_cat": lambda x, o: ek.ragged_cat([x, x], [o, o])[0],
     "insert": lambda x, o: ek.insert(x[:, 0], o, x[:, 0], o, o[:-1]).embeds,
     "splice": lambda x, o: ek.splice(x[:, 0], x[:, 0], o[:1].repeat(2), o.new_zeros(5).bool()),
+    "instance_lora": lambda x, o: ek.instance_lora(
+        x[:, 0], x.new_ones(2, 4, 4), x[:, 0], o, base=x.new_ones(5, 5)
+    ),
     "segment_pool": lambda x, o: ek.segment_pool(x[:, 0, 0], o, weight=x[:, 0, 0], reduce="sum"),
 }
 

@@ -21,7 +21,10 @@ joined, _ = ek.ragged_cat([x[:1], ek.segment_softmax(x, offsets)], [None, offset
 slots = torch.tensor([[True, True, False], [True, True, True]])
 spliced = ek.splice(torch.zeros(2, 3, 4), x, torch.tensor([0, 2, 5]), slots)
 longer = ek.insert(x, offsets, x, offsets, torch.tensor([1, 6]))
-outputs = [h, pooled, largest, attended, joined, spliced, longer.embeds]
+a, b = torch.zeros(2, 4, 2), torch.zeros(4, 2)
+adapted = ek.instance_lora(x, a, b, offsets)
+many = ek.instance_lora_many([x.detach()], [a], [b], offsets)
+outputs = [h, pooled, largest, attended, joined, spliced, longer.embeds, adapted, *many]
 outputs += [ek.entropy(x), ek.linear_entropy(x, x), ek.find_patches(h, offsets).threshold]
 sum(x.nansum() for x in outputs).backward()
 ek.build_info()

@@ -189,14 +189,19 @@ def loss_plot(lines: Sequence[Mapping[str, float]]) -> Figure:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name in _losses(lines):
+    names = _losses(lines)
+    trained = [name for name in names if not name.startswith("eval_")]
+    for name in names:
         points = [(line["step"], line[name]) for line in lines if name in line]
-        style = "--" if name.startswith("eval_") else "-"
-        axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1.2)
+        part = name.removeprefix("eval_")
+        # A loss has one colour, trained or validated.
+        color = f"C{trained.index(part) if part in trained else len(trained)}"
+        style = "-" if name == part else "--o"
+        axes.plot(*zip(*points, strict=True), style, color=color, label=name, lw=1.2, ms=3)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -28,6 +28,7 @@ from transformers import (
 from edt_former.extras import need
 from edt_former.language.frozen import read_weights
 from edt_former.train.batches import Batches
+from edt_former.train.collating import CollateRows
 from edt_former.train.config import TrainingConfig
 from edt_former.train.logs import Bar, Log, StopAtNaN
 from edt_former.train.memory import checkpoint_layers, keep_memory
@@ -167,7 +168,7 @@ class ConnectorTrainer(Trainer):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return DataLoader(
             data,
-            collate_fn=self.data_collator,
+            collate_fn=CollateRows(self.data_collator),
             num_workers=self.workers,
             pin_memory=self.args.device.type == "cuda",
             **options,
