@@ -62,12 +62,12 @@ BUDGETS = {
     "splice._tokens_bwd_kernel": (56, 32, 0),
 }
 SPILLS = {
-    # With a bias, dropout and gradients of scores at once; without them nothing spills.
-    "ragged_attention._backward_kernel": 544,
+    # 72 where Triton 3.6 compiles causal float32, 32 in float64 with a bias.
+    "ragged_attention._backward_kernel": 80,
     "ragged_attention._forward_kernel": 8,
     "ragged_attention._pair_offsets_kernel": 8,
 }
-"""Bytes of a thread that may lie in memory; 0 of every other kernel."""
+"""Bytes of a thread that may lie in memory; 0 of every other kernel, and of 16-bit numbers."""
 
 
 def kernel_name(launch: Launch) -> str:
@@ -119,8 +119,9 @@ def test_fits_its_budget(launch, target):
     nvidia, amd, shared = BUDGETS[name]
     needed = resources(launch, target)
     assert needed.ignored == []
-    plain = launch.arguments.get("bias_ptr", name) is None
-    assert needed.spills <= (0 if plain else SPILLS.get(name, 0))
+    tensors = [x for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
+    wide = all(x.dtype.itemsize > 2 for x in tensors)
+    assert needed.spills <= (SPILLS.get(name, 0) if wide else 0)
     assert needed.registers <= (amd if target.startswith("gfx") else nvidia)
     assert needed.shared <= shared
 
