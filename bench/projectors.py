@@ -57,6 +57,17 @@ def tokens(model: LLaMo, given: tuple[Tensor, ...], offsets: Tensor) -> Tensor:
     return model(GraphFeatures(given[-1], offsets, None, given), {}).values
 
 
+def projected_read(model: LLaMo, given: tuple[Tensor, ...], offsets: Tensor) -> Tensor:
+    """The same, ragged, with the keys and values of every atom projected."""
+    molecules = len(offsets) - 1
+    ends = QUERIES * torch.arange(molecules + 1)
+    read = [
+        model.cross_attention[0](query.repeat(molecules, 1), level, level, ends, offsets)
+        for query, level in zip(model.query_tokens, given, strict=True)
+    ]
+    return torch.cat([x.unflatten(0, (molecules, QUERIES)) for x in read], 1)
+
+
 def padded_read(model: LLaMo, given: tuple[Tensor, ...], real: Tensor) -> Tensor:
     """The same on rectangles [B, L, 300], with torch's attention as published programs call it."""
     twin = _torchs(model)

@@ -18,6 +18,7 @@ from bench.projectors import (
     padded_read,
     peak,
     plain,
+    projected_read,
     projector,
     ragged_read,
     tokens,
@@ -25,7 +26,7 @@ from bench.projectors import (
 from bench.workloads import SMALL
 
 PLAIN = "MLP, a token per atom"
-SIZES = (5, 10, 20, 40, 75, 150, 300)
+SIZES = (5, 10, 20, 50, 120, 300)
 
 
 def test_levels(contest, dtype, backward):
@@ -44,6 +45,11 @@ def test_levels(contest, dtype, backward):
             inputs=[padded(offsets)] * LEVELS,
         ),
     ]
+    contenders.append(
+        task.contender(
+            "ragged, atoms projected", lambda *x: projected_read(projector(dtype), x, offsets)
+        )
+    )
     pooled = 2 * 2.0 * atoms * LEVELS * QUERIES * HEADS * WIDTH
     projected = 2 * 2.0 * len(SMALL.atoms) * LEVELS * QUERIES * WIDTH * WIDTH
     contest(
@@ -79,7 +85,7 @@ def test_size(contest, size):
             Task(given, (), truths[:1], 1),
             contenders,
             work=Work(sum(x.nbytes for x in given), 2.0 * weights * len(truths[0])),
-            budget=1.0,
+            budget=0.4,
         )
     outcome.extra[SIZE] = size
     for kind, name in (("levels", OURS), ("plain", PLAIN)):

@@ -381,12 +381,12 @@ class TestDemo:
         assert status == 0
         place = next(i for i, line in enumerate(out) if line.startswith("Every connector"))
         assert "held-out drugs, as recorded" in out[place]
-        assert out[place + 2].split()[:3] == ["qformer_32", "2d", "0.500"]
+        assert out[place + 3].split()[:3] == ["qformer_32", "2d", "0.500"]
         status, out, _ = edt("demo", "--sample", 2, "--no-report", "--compare")
         assert status == 0
         place = next(i for i, line in enumerate(out) if line.startswith("Every connector"))
         assert "the 2 drugs of the sample" in out[place]
-        shown = {line.split()[0] for line in out[place + 2 : place + 2 + len(shipped.connectors())]}
+        shown = {line.split()[0] for line in out[place + 3 : place + 3 + len(shipped.connectors())]}
         assert shown == set(shipped.connectors())
 
     def test_drugs_accuracy_and_speed(self, edt, monkeypatch, tmp_path):

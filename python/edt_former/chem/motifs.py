@@ -116,13 +116,13 @@ def _packed(molecules: Sequence[Molecule]) -> _Packed:
     bonds = bonds + np.repeat(starts[:-1], [m.bond_index.shape[1] for m in molecules])
     kinds = np.concatenate([m.bond_features[:, 0] for m in molecules])
     elements = np.concatenate([m.elements for m in molecules])
-    bare = [
-        [first + ring for ring in _rings(m)] for first, m in zip(starts, molecules, strict=False)
-    ]
-    ends = [np.stack([ring, np.roll(ring, 1)]) for own in bare for ring in own]
-    ring_bonds = np.concatenate([np.zeros((2, 0), np.int64), *ends], 1)
+    around, rings = [], []
+    for first, molecule in zip(starts.tolist(), molecules, strict=False):
+        bare = _rings(molecule, first)
+        around += [pair for ring in bare for pair in zip(ring, ring[1:] + ring[:1], strict=True)]
+        rings += [np.array(sorted(ring)) for ring in _merged(bare)]
+    ring_bonds = np.array(around, dtype=np.int64).reshape(-1, 2).T
     in_ring = np.isin(_key(bonds, len(atoms)), _key(ring_bonds, len(atoms)))
-    rings = [ring for own in bare for ring in _merged(own)]
     return _Packed(elements, atoms, bonds, kinds, in_ring, starts, rings)
 
 
@@ -187,8 +187,8 @@ def _components(bonds: np.ndarray, total: int) -> np.ndarray:
         label = low
 
 
-def _rings(molecule: Molecule) -> list[np.ndarray]:
-    """The smallest rings, each in the order around it."""
+def _rings(molecule: Molecule, first: int) -> list[list[int]]:
+    """The smallest rings, each in the order around it, atoms numbered from `first` on."""
     ringed = np.flatnonzero(molecule.atom_features[:, _IN_RING])
     if not len(ringed):
         return []
@@ -201,22 +201,23 @@ def _rings(molecule: Molecule) -> list[np.ndarray]:
     for i, j in zip(source.tolist(), target.tolist(), strict=True):
         if 0 <= i < j:
             graph.AddBond(i, j, _BOND)
-    return [ringed[list(ring)] for ring in Chem.GetSymmSSSR(graph)]
+    names = (ringed + first).tolist()
+    return [[names[atom] for atom in ring] for ring in Chem.GetSymmSSSR(graph)]
 
 
 _ATOM, _BOND = Chem.Atom(_CARBON), Chem.BondType.SINGLE
 
 
-def _merged(rings: list[np.ndarray]) -> list[np.ndarray]:
+def _merged(rings: list[list[int]]) -> list[set[int]]:
     """Rings that share more than `_SHARED` atoms as one, and again until none do."""
     whole: list[set[int]] = []
     for ring in rings:
-        atoms = set(ring.tolist())
+        atoms = set(ring)
         while touching := [other for other in whole if len(other & atoms) > _SHARED]:
             whole = [other for other in whole if other not in touching]
             atoms = atoms.union(*touching)
         whole.append(atoms)
-    return [np.array(sorted(atoms)) for atoms in whole]
+    return whole
 
 
 def _inner_bonds(

@@ -31,8 +31,8 @@ def template_turns(context: Context, *, turns: int = 4, seed: int = 0) -> list[T
     >>> ethanol = Context("0:0", smiles="CCO", facts={"rings": "0", "hydroxyl group": "yes"})
     >>> for turn in template_turns(ethanol, turns=2):
     ...     print(turn.question, "/", turn.answer)
-    Can you find a hydroxy group here? / Yes, it has a hydroxyl group.
-    What is the number of rings? / The molecule has no rings.
+    Count the rings of this molecule, how many are there? / The molecule has no rings.
+    Does this compound contain a hydroxyl group? / Yes, it has a hydroxyl group.
     """
     rng = np.random.default_rng((seed, *map(int, context.key.split(":"))))
     found = []

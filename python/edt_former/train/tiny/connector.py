@@ -40,11 +40,11 @@ ADAPTERS = {
 ADAPTER_RATE = 2e-3
 LEVELS = {
     **{"name": "llamo", "level_queries": 4, "motif_queries": 4, "width": 96, "heads": 4},
-    **{"depth": 2, "sum_tokens": 4},
+    **{"depth": 2, "sum_tokens": 1},
 }
 """Of LLaMo, whose queries read each a level of the graph encoder, or motifs."""
 
-MOTIFS_AT_A_TIME = 512
+LEVELS_AT_A_TIME = 512
 """Molecules."""
 
 ANCHORS = 32
@@ -164,22 +164,25 @@ class GraphTable:
 
 
 class LevelTable:
-    """What every level of a frozen encoder says of M molecules, computed when it is asked for.
-
-    All levels of all molecules would be some gigabytes, an encoder of bonds is quick.
+    """What every level of a frozen encoder says of M molecules, and their motifs, computed once.
 
     Args:
         table: the molecules.
-        encoder: frozen.
+        encoder: frozen, with one view of a molecule.
     """
 
+    @torch.no_grad()
     def __init__(self, table: MoleculeTable, encoder: GraphEncoder) -> None:
-        self.table, self.encoder, self.answers = table, encoder, table.answers
+        self.table, self.answers = table, table.answers
         motifs: list[np.ndarray] = []
-        for first in trange(0, len(table), MOTIFS_AT_A_TIME, desc="motifs", unit="batch"):
-            rows = range(first, min(first + MOTIFS_AT_A_TIME, len(table)))
+        levels: list[np.ndarray] = []
+        for first in trange(0, len(table), LEVELS_AT_A_TIME, desc="levels, motifs", unit="batch"):
+            rows = np.arange(first, min(first + LEVELS_AT_A_TIME, len(table)))
             motifs += motif_features([table.molecule(row) for row in rows])
+            found = encoder.levels(table.batch(rows))
+            levels.append(torch.stack([level.values.half() for level in found]).numpy())
         self.motifs = MotifFeatures.pack(motifs)
+        self.values = np.concatenate(levels, 1)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -187,15 +190,15 @@ class LevelTable:
     @property
     def num_levels(self) -> int:
         """Levels of the encoder."""
-        return len(self.batch(np.arange(1))[0].levels)
+        return len(self.values)
 
-    @torch.no_grad()
     def batch(self, rows: np.ndarray) -> tuple[GraphFeatures, dict[str, Patches]]:
         """Features of all levels and motifs of the molecules of `rows`; no patches."""
-        features = self.encoder.with_levels(self.table.batch(rows))
+        atoms, bounds = gather_ranges(self.table.offsets, rows)
+        levels = torch.from_numpy(self.values[:, atoms]).float().unbind()
         motifs, offsets = gather_ranges(self.motifs.offsets.numpy(), rows)
         own = MotifFeatures(self.motifs.values[motifs], torch.from_numpy(offsets))
-        return features._replace(motifs=own), {}
+        return GraphFeatures(levels[-1], torch.from_numpy(bounds), None, levels, own), {}
 
 
 @torch.no_grad()
@@ -311,13 +314,11 @@ class _Alignment:
 
 
 class _FreeAlignment(_Alignment):
-    """Stage 1 where any token may write any fact: a fact's loss is the least of all tokens'.
+    """Stage 1 where any token may write any fact, and none writes two.
 
-    A soft least, -h log sum_t exp(-loss_t / h) of the losses over the batch, so that a token which
+    Facts are dealt to tokens by their losses over the batch, softly (`deal`), so that a token which
     writes a fact a little better than the others comes to write it.
     """
-
-    SOFTNESS = 0.1
 
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = rng.choice(len(self.features), self.BATCH, replace=False)
@@ -333,9 +334,9 @@ class _FreeAlignment(_Alignment):
         away = distance.gather(-1, true).squeeze(-1) / norm[self.facts, truth][:, None]
         weight = self.weights[self.facts, truth][:, None]
         losses = (weight * (nats + away)).sum(0) / weight.sum(0)
-        least = -self.SOFTNESS * (-losses / self.SOFTNESS).logsumexp(0)
-        value = (weight.sum((0, 1)) * least).sum() / weight.sum()
-        writer = losses.argmin(0)
+        dealt = deal(losses.detach())
+        value = (weight.sum((0, 1)) * (dealt * losses).sum(0)).sum() / weight.sum()
+        writer = dealt.argmax(0)
         said = logits.argmax(-1)[:, writer, self.facts]
         figures = {
             "nats": nats[:, writer, self.facts].mean().item(),
@@ -373,6 +374,29 @@ class _Telling(nn.Module):
         right = (logits.argmax(-1) == truth).float().mean()
         value = (weight * nats).sum() / weight.sum()
         return value, {"nats": nats.mean().item(), "right": right.item()}
+
+
+def deal(losses: Tensor, *, softness: float = 0.03, rounds: int = 30) -> Tensor:
+    """How much of each fact every token is dealt, [T, F]: columns sum to 1, rows to at most 1.
+
+    The deal that keeps sum(dealt * losses) low, softened by an entropy, by Sinkhorn's rounds over
+    rows and columns (arXiv:1306.0895); tokens that are left over get facts without a loss.
+
+    Args:
+        losses: [T, F], T at least F, of token t with fact f.
+        softness: of losses, that count as alike.
+        rounds: of scaling.
+
+    >>> dealt = deal(torch.tensor([[0.1, 0.2], [0.5, 1.5], [0.9, 2.0]]))
+    >>> dealt.round(decimals=2).tolist()
+    [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+    """
+    tokens, facts = losses.shape
+    log = F.pad(-losses / softness, (0, tokens - facts), value=float(-losses.mean() / softness))
+    for _ in range(rounds):
+        log = log - log.logsumexp(1, keepdim=True)
+        log = log - log.logsumexp(0, keepdim=True)
+    return log[:, :facts].exp()
 
 
 class _Answering:

@@ -83,9 +83,9 @@ METHOD = {
     "and to echo the key before the answer; frozen after it passed the gate (see reading)",
     "connectors": "trained from scratch against the same frozen parts, with the truths of the "
     "questions on training molecules, in 3D and both on those with a conformer; stage 1: a query "
-    "per fact learns to write its soft token, of LLaMo the token that does it best; of MoRA a head "
-    "learns to tell the facts from the queries, and is thrown away; stage 2: the language model's "
-    "loss on answers alone",
+    "per fact learns to write its soft token, LLaMo's by the facts that it is dealt; of MoRA a "
+    "head learns to tell the facts from the queries, and is thrown away; stage 2: the language "
+    "model's loss on answers alone",
 }
 
 TEST_MOLECULES = 300
