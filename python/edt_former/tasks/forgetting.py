@@ -86,10 +86,9 @@ def forgetting(
         len(rows), np.full(len(rows), 1 / len(rows)), size=resamples
     )
     low, high = np.percentile(weights @ (new - old) / (weights @ counts), [2.5, 97.5])
-    tokens = counts.sum()
-    return Forgetting(
-        old.sum() / tokens, new.sum() / tokens, float(low), float(high), equal, int(tokens)
-    )
+    tokens = int(counts.sum())
+    before, after = float(old.sum() / tokens), float(new.sum() / tokens)
+    return Forgetting(before, after, float(low), float(high), equal, tokens)
 
 
 def _batches(

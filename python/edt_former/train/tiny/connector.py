@@ -38,6 +38,7 @@ ADAPTERS = {
 """Of MoRA."""
 
 ADAPTER_RATE = 2e-3
+
 LEVELS = {
     **{"name": "llamo", "level_queries": 4, "motif_queries": 4, "width": 96, "heads": 4},
     **{"depth": 2, "sum_tokens": 1},
@@ -347,6 +348,29 @@ class _FreeAlignment(_Alignment):
         return value, figures
 
 
+def deal(losses: Tensor, *, softness: float = 0.03, rounds: int = 30) -> Tensor:
+    """How much of each fact every token is dealt, [T, F]: columns sum to 1, rows to at most 1.
+
+    The deal that keeps sum(dealt * losses) low, softened by an entropy, by Sinkhorn's rounds over
+    rows and columns (arXiv:1306.0895); tokens that are left over get facts without a loss.
+
+    Args:
+        losses: [T, F], T at least F, of token t with fact f.
+        softness: of losses, that count as alike.
+        rounds: of scaling.
+
+    >>> dealt = deal(torch.tensor([[0.1, 0.2], [0.5, 1.5], [0.9, 2.0]]))
+    >>> dealt.round(decimals=2).tolist()
+    [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+    """
+    tokens, facts = losses.shape
+    log = F.pad(-losses / softness, (0, tokens - facts), value=float(-losses.mean() / softness))
+    for _ in range(rounds):
+        log = log - log.logsumexp(1, keepdim=True)
+        log = log - log.logsumexp(0, keepdim=True)
+    return log[:, :facts].exp()
+
+
 class _Telling(nn.Module):
     """Stage 1 of MoRA: cross-entropy of the true answers, by a linear head on the queries."""
 
@@ -374,29 +398,6 @@ class _Telling(nn.Module):
         right = (logits.argmax(-1) == truth).float().mean()
         value = (weight * nats).sum() / weight.sum()
         return value, {"nats": nats.mean().item(), "right": right.item()}
-
-
-def deal(losses: Tensor, *, softness: float = 0.03, rounds: int = 30) -> Tensor:
-    """How much of each fact every token is dealt, [T, F]: columns sum to 1, rows to at most 1.
-
-    The deal that keeps sum(dealt * losses) low, softened by an entropy, by Sinkhorn's rounds over
-    rows and columns (arXiv:1306.0895); tokens that are left over get facts without a loss.
-
-    Args:
-        losses: [T, F], T at least F, of token t with fact f.
-        softness: of losses, that count as alike.
-        rounds: of scaling.
-
-    >>> dealt = deal(torch.tensor([[0.1, 0.2], [0.5, 1.5], [0.9, 2.0]]))
-    >>> dealt.round(decimals=2).tolist()
-    [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
-    """
-    tokens, facts = losses.shape
-    log = F.pad(-losses / softness, (0, tokens - facts), value=float(-losses.mean() / softness))
-    for _ in range(rounds):
-        log = log - log.logsumexp(1, keepdim=True)
-        log = log - log.logsumexp(0, keepdim=True)
-    return log[:, :facts].exp()
 
 
 class _Answering:
