@@ -476,7 +476,7 @@ def test_the_shipped_model_answers(edt):
 @trained
 def test_the_shipped_set_is_complete_and_small():
     manifest = shipped.manifest()
-    assert shipped.connectors()[:5] == [*shipped.ENCODERS.values(), "llamo", "qformer_32"]
+    assert shipped.connectors()[:6] == [*shipped.ENCODERS.values(), "llamo", "mora", "qformer_32"]
     assert set(manifest["accuracy"]) == set(shipped.connectors())
     files = [path for path in shipped.folder().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 20e6
