@@ -52,7 +52,7 @@ def tiny_calls() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...], b
         True,
     )
     calls["instance_lora_many"] = (
-        lambda x, a, b: k.instance_lora_many([x] * 3, [a] * 3, [b] * 3, offsets),
+        lambda x, a, b: k.instance_lora_many([x], [a], [b], offsets),
         (atoms, a, b),
         False,
     )

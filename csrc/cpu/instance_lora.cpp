@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -98,17 +100,25 @@ class Adapters {
  private:
   // The U that all molecules share, once for all rows.
   void pack() {
-    std::vector<int64_t> ends{0}, places{0};
-    for (const Adapter& a : all_) {
-      const int64_t panels =
-          a.up_step == 0 && a.out ? (a.width + kernels_.panel - 1) / kernels_.panel : 0;
-      ends.push_back(ends.back() + panels);
-      places.push_back(places.back() + panels * a.rank * kernels_.panel);
+    std::vector<int64_t> ends(all_.size() + 1);  // of the layers' panels
+    const int64_t size = dtype_ == ScalarType::Double ? 8 : 4;
+    int64_t bytes = 0;
+    for (size_t k = 0; k < all_.size(); ++k) {
+      const Adapter& a = all_[k];
+      const bool shared = a.up_step == 0 && a.out && rows_.used() > 0;
+      const int64_t panels = shared ? (a.width + kernels_.panel - 1) / kernels_.panel : 0;
+      ends[k + 1] = ends[k] + panels;
+      bytes += panels * kernels_.panel * a.rank * size;
     }
-    if (ends.back() == 0 || rows_.used() == 0) return;
-    packed_ = allocate({places.back()}, sum_type(dtype_));
-    for (size_t k = 0; k < all_.size(); ++k)
-      if (ends[k] < ends[k + 1]) all_[k].packed = at(*packed_, places[k]);
+    if (bytes == 0) return;
+    packed_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+    STD_TORCH_CHECK(packed_, "no memory for ", bytes, " bytes of an adapter");
+    char* place = packed_.get();
+    for (size_t k = 0; k < all_.size(); ++k) {
+      if (ends[k] == ends[k + 1]) continue;
+      all_[k].packed = place;
+      place += (ends[k + 1] - ends[k]) * kernels_.panel * all_[k].rank * size;
+    }
     const int64_t grain = 1 + kGrain / (kernels_.panel * all_[0].rank);
     torch::stable::parallel_for(0, ends.back(), grain, [&](int64_t begin, int64_t end) {
       for (size_t k = 0; k < all_.size(); ++k) {
@@ -141,7 +151,10 @@ class Adapters {
   const ScalarType dtype_;
   const InstanceLoraKernels& kernels_;
   std::vector<Adapter> all_;
-  std::optional<Tensor> packed_;
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> packed_;  // a tensor would cost a small call more
 };
 
 Adapter forward(const Tensor& x, const Tensor& a, const Tensor& b, double scale,

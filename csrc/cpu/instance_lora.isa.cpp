@@ -107,6 +107,26 @@ void pack(const Adapter& a, int64_t begin, int64_t end, void* packed) {
   pack_panels(static_cast<const S*>(a.up), a.width, a.rank, begin, end, static_cast<T*>(packed));
 }
 
+// One row times a matrix that is read from beginning to end, as far as registers go: a step of
+// decoding waits for memory. The sums are those of `multiply`.
+template <bool ADD, int COLS = 8, class T>
+void multiply_row(Factor<T> a, Matrix<T> b, T* c, int64_t cols, int64_t depth) {
+  if constexpr (COLS > 0) {
+    constexpr int64_t kStep = COLS * kLanes<T>;
+    for (; cols >= kStep; cols -= kStep, b.data += kStep, c += kStep)
+      multiply_tile<T, 1, COLS, ADD>(a, b, {c, 0}, depth);
+    multiply_row<ADD, COLS - 1>(a, b, c, cols, depth);
+  }
+}
+
+template <bool ADD, class T>
+void multiply_rows(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t depth) {
+  if (rows == 1)
+    multiply_row<ADD>(a, b, c.data, c.stride, depth);
+  else
+    multiply<ADD>(a, b, c, rows, c.stride, depth);
+}
+
 // to [rows, rank] = x D, for rows of one D.
 template <class S, class T>
 void shrink(const Adapter& a, const S* x, int64_t rows, const S* down, Matrix<T> to,
@@ -120,9 +140,9 @@ void shrink(const Adapter& a, const S* x, int64_t rows, const S* down, Matrix<T>
       part = copied(x + k, a.in, rows, depth, Matrix<T>{scratch.x, kDepth});
     const auto d = whole_vectors(down + k * a.rank, depth, a.rank, scratch.down);
     if (k == 0)
-      multiply<false>(plain(part), d, to, rows, to.stride, depth);
+      multiply_rows<false>(plain(part), d, to, rows, depth);
     else
-      multiply<true>(plain(part), d, to, rows, to.stride, depth);
+      multiply_rows<true>(plain(part), d, to, rows, depth);
   }
 }
 

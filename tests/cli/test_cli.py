@@ -476,8 +476,8 @@ def test_the_shipped_model_answers(edt):
 @trained
 def test_the_shipped_set_is_complete_and_small():
     manifest = shipped.manifest()
-    names = [*shipped.ENCODERS.values(), "llamo", "mora", "qformer_32"]
-    assert shipped.connectors()[:6] == names
+    names = {*shipped.ENCODERS.values(), "mora", "qformer_32", "qformer_40"}
+    assert names <= set(shipped.connectors())
     assert set(manifest["accuracy"]) == set(shipped.connectors())
     files = [path for path in shipped.folder().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 20e6

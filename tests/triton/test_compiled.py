@@ -32,6 +32,9 @@ BUDGETS = {
     "insert._offsets_kernel": (40, 24, 0),
     "insert._text_bwd_kernel": (72, 32, 32),
     "insert._tokens_bwd_kernel": (72, 32, 32),
+    "instance_lora._expand_kernel": (255, 152, 24576),
+    "instance_lora._outer_kernel": (152, 88, 65536),
+    "instance_lora._shrink_kernel": (168, 112, 49152),
     "linear_entropy._hidden_bwd_kernel": (248, 104, 36864),
     "linear_entropy._linear_entropy_kernel": (255, 112, 98304),
     "linear_entropy._merge_kernel": (48, 40, 0),
@@ -48,8 +51,8 @@ BUDGETS = {
     "segment_pool._sum_bwd_kernel": (40, 24, 1024),
     "segment_pool._sum_kernel": (48, 32, 4096),
     "segment_pool._weight_bwd_kernel": (64, 40, 1024),
-    "segment_softmax._segment_softmax_bwd_kernel": (64, 32, 256),
-    "segment_softmax._segment_softmax_kernel": (72, 32, 256),
+    "segment_softmax._segment_softmax_bwd_kernel": (72, 56, 512),
+    "segment_softmax._segment_softmax_kernel": (72, 64, 512),
     "sort_ids._count_kernel": (32, 24, 1024),
     "sort_ids._move_kernel": (208, 248, 2048),
     "sort_ids._offsets_kernel": (48, 32, 0),
@@ -59,12 +62,12 @@ BUDGETS = {
     "splice._tokens_bwd_kernel": (56, 32, 0),
 }
 SPILLS = {
-    # With a bias, dropout and gradients of scores at once; without them nothing spills.
-    "ragged_attention._backward_kernel": 544,
+    # 72 where Triton 3.6 compiles causal float32, 32 in float64 with a bias.
+    "ragged_attention._backward_kernel": 80,
     "ragged_attention._forward_kernel": 8,
     "ragged_attention._pair_offsets_kernel": 8,
 }
-"""Bytes of a thread that may lie in memory; 0 of every other kernel."""
+"""Bytes of a thread that may lie in memory; 0 of every other kernel, and of 16-bit numbers."""
 
 
 def kernel_name(launch: Launch) -> str:
@@ -116,8 +119,9 @@ def test_fits_its_budget(launch, target):
     nvidia, amd, shared = BUDGETS[name]
     needed = resources(launch, target)
     assert needed.ignored == []
-    plain = launch.arguments.get("bias_ptr", name) is None
-    assert needed.spills <= (0 if plain else SPILLS.get(name, 0))
+    tensors = [x for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
+    wide = all(x.dtype.itemsize > 2 for x in tensors)
+    assert needed.spills <= (SPILLS.get(name, 0) if wide else 0)
     assert needed.registers <= (amd if target.startswith("gfx") else nvidia)
     assert needed.shared <= shared
 

@@ -352,23 +352,26 @@ def deal(losses: Tensor, *, softness: float = 0.03, rounds: int = 30) -> Tensor:
     """How much of each fact every token is dealt, [T, F]: columns sum to 1, rows to at most 1.
 
     The deal that keeps sum(dealt * losses) low, softened by an entropy, by Sinkhorn's rounds over
-    rows and columns (arXiv:1306.0895); tokens that are left over get facts without a loss.
+    rows and columns (arXiv:1306.0895); tokens that are left over get facts without a loss. Where
+    there are fewer tokens than facts, rows sum to at most F / T, rounded up.
 
     Args:
-        losses: [T, F], T at least F, of token t with fact f.
+        losses: [T, F], of token t with fact f.
         softness: of losses, that count as alike.
         rounds: of scaling.
 
     >>> dealt = deal(torch.tensor([[0.1, 0.2], [0.5, 1.5], [0.9, 2.0]]))
-    >>> dealt.round(decimals=2).tolist()
-    [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+    >>> dealt.round().int().tolist()
+    [[0, 1], [1, 0], [0, 0]]
     """
     tokens, facts = losses.shape
-    log = F.pad(-losses / softness, (0, tokens - facts), value=float(-losses.mean() / softness))
+    hands = -(-facts // tokens)
+    log, spare = -losses.repeat(hands, 1) / softness, hands * tokens - facts
+    log = F.pad(log, (0, spare), value=float(-losses.mean() / softness))
     for _ in range(rounds):
         log = log - log.logsumexp(1, keepdim=True)
         log = log - log.logsumexp(0, keepdim=True)
-    return log[:, :facts].exp()
+    return log[:, :facts].exp().unflatten(0, (hands, tokens)).sum(0)
 
 
 class _Telling(nn.Module):
