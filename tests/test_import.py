@@ -155,5 +155,5 @@ def test_cuda_kernels_that_were_asked_for_must_be_there():
 def test_cuda_kernels_are_not_looked_for_otherwise():
     served = "import edt_kernels\nprint(*set(edt_kernels.build_info()['cuda_ops'].values()))"
     result = python("import sys; sys.modules['edt_kernels._C_cuda'] = None\n" + served)
-    assert result.returncode == 0 and not result.stderr
+    assert result.returncode == 0 and "_C_cuda" not in result.stderr
     assert set(result.stdout.split()) <= {"triton", "reference"}
