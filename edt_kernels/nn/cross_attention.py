@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from edt_kernels.ops.ragged_attention import ragged_attention
 
+WIDEST_ON_GPU = 256
+"""Width of a head beyond which no GPU kernel reads it."""
+
 
 class CrossAttention(nn.Module):
     """`torch.nn.MultiheadAttention` for packed rows: a molecule's queries read its own keys.
@@ -138,15 +141,16 @@ class CrossAttention(nn.Module):
         return self.out_proj(read.flatten(1))
 
     def pool(self, query: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-        """The reading of a few queries that are the same for every molecule: attention pooling.
+        """The reading of a few queries, as many for every molecule: attention pooling.
 
-        What `forward` computes with the queries repeated and `rows` as keys and values, by other
-        products: the keys' projection goes into the queries, (Wk^T q) h = q (Wk h), and values are
-        projected after they were summed. Rows are never projected, which pays while
-        A H is less than the widths of keys and values together.
+        What `forward` computes with `rows` as keys and values, by other products: the keys'
+        projection goes into the queries, (Wk^T q) h = q (Wk h), and values are projected after
+        they were summed. Rows are never projected, which pays while A H is less than the widths of
+        keys and values together. A GPU, whose kernels read no wider heads than 256, projects wider
+        rows as `forward` does.
 
         Args:
-            query: [A, E].
+            query: [A, E], the same for every molecule, or [B, A, E].
             rows: [T, kdim], with kdim = vdim.
             offsets: [B + 1], int32 or int64.
 
@@ -169,31 +173,42 @@ class CrossAttention(nn.Module):
                 "pool needs kdim = vdim and no causal mask, "
                 f"got kdim={self.kdim}, vdim={self.vdim}, causal={self.causal}"
             )
-        _check_width("query", query, self.embed_dim)
+        count, molecules = query.shape[-2], offsets.shape[0] - 1
+        if query.dim() == 3 and query.shape[0] != molecules:
+            raise ValueError(
+                f"query must have shape [A, E] or [{molecules}, A, E], got {tuple(query.shape)}"
+            )
+        _check_width("query", query.flatten(0, -2), self.embed_dim)
         _check_width("rows", rows, self.kdim)
+        ends = count * torch.arange(molecules + 1, dtype=offsets.dtype, device=offsets.device)
+        if self._must_project(rows):
+            every = query.expand(molecules, -1, -1).flatten(0, 1)
+            tail = torch.arange(len(rows), device=rows.device) >= offsets[-1]
+            rows = rows.masked_fill(tail[:, None], 0)
+            return self(every, rows, rows, ends, offsets).unflatten(0, (molecules, count))
         (w_q, w_k, w_v), (b_q, _, b_v) = self._projections()
         shared = self.num_heads // self.num_kv_heads
         w_k, w_v = (
             w.unflatten(0, (-1, self.head_dim)).repeat_interleave(shared, 0) for w in (w_k, w_v)
         )
         # A bias of the keys adds the same to all scores of a query: softmax does not see it.
-        q = F.linear(query, w_q, b_q).unflatten(1, (self.num_heads, -1))
-        q = torch.einsum("ahd,hdw->ahw", q, w_k)
-        count, molecules = len(query), offsets.shape[0] - 1
-        ends = count * torch.arange(molecules + 1, dtype=offsets.dtype, device=offsets.device)
+        q = F.linear(query, w_q, b_q).unflatten(-1, (self.num_heads, -1))
+        q = torch.einsum("...ahd,hdw->...ahw", q, w_k)
         dropout = self.dropout if self.training else 0.0
         seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout else None
+        # Heads that read the same rows are as many queries of one head: one product for all.
         keys = rows.unsqueeze(1)
         read = ragged_attention(
-            q.expand(molecules, -1, -1, -1).flatten(0, 1),
+            q.expand(molecules, -1, -1, -1).reshape(-1, 1, self.kdim),
             keys,
             keys,
-            ends,
+            ends * self.num_heads,
             offsets,
             scale=self.head_dim**-0.5,
             dropout_p=dropout,
             seed=seed,
         )
+        read = read.view(-1, self.num_heads, self.kdim)
         read = torch.einsum("thw,hdw->thd", read, w_v).flatten(1).unflatten(0, (molecules, count))
         if b_v is not None:
             bias = b_v.unflatten(0, (-1, self.head_dim)).repeat_interleave(shared, 0).flatten()
@@ -205,6 +220,9 @@ class CrossAttention(nn.Module):
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
         widths = f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}"
         return f"{widths}, {heads}, dropout={self.dropout}, causal={self.causal}"
+
+    def _must_project(self, rows: Tensor) -> bool:
+        return rows.is_cuda and rows.shape[1] > WIDEST_ON_GPU
 
     def _rows(self) -> tuple[int, int, int]:
         """Rows of the projections to queries, keys and values."""

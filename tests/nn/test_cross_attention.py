@@ -251,13 +251,16 @@ POOLED = {
 
 
 @pytest.mark.parametrize("options", POOLED.values(), ids=POOLED)
-def test_pool_is_forward_with_repeated_queries(options):
+@pytest.mark.parametrize("queries", [(3, 8), (len(K_LENGTHS), 3, 8)], ids=["shared", "own"])
+@pytest.mark.parametrize("too_wide", [False, True])
+def test_pool_is_forward_with_repeated_queries(monkeypatch, options, queries, too_wide):
+    monkeypatch.setattr(CrossAttention, "_must_project", lambda self, rows: too_wide)
     module = CrossAttention(8, 2, dtype=torch.float64, **options)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     rows, offsets = ragged(K_LENGTHS, module.kdim, tail=2, dtype=torch.float64, seed=2)
     rows[offsets[-1] :] = torch.nan
-    query = torch.randn(3, 8, dtype=torch.float64)
+    query = torch.randn(queries, dtype=torch.float64)
     ends = 3 * torch.arange(len(offsets))
 
     def repeated(query, rows):
@@ -279,3 +282,7 @@ def test_pool_refuses_what_it_cannot_do():
         CrossAttention(8, 2, kdim=6).pool(torch.zeros(3, 8), rows, offsets)
     with pytest.raises(ValueError, match="no causal mask"):
         CrossAttention(6, 2, causal=True).pool(torch.zeros(3, 6), rows, offsets)
+    molecules = len(K_LENGTHS)
+    message = rf"query must have shape \[A, E\] or \[{molecules}, A, E\], got \(2, 3, 6\)"
+    with pytest.raises(ValueError, match=message):
+        CrossAttention(6, 2).pool(torch.zeros(2, 3, 6), rows, offsets)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import edt_kernels
 from edt_former.connectors.connector import Connector, MoleculeAdapters, register_connector
-from edt_former.connectors.qformer import Rows, atom_keys, every, make_sum_mlp
+from edt_former.connectors.qformer import Rows, atom_keys, make_sum_mlp
 from edt_former.graph.encoder import GraphFeatures
 from edt_former.tokens.patches import PatchOptions
 from edt_kernels import Patches
+from edt_kernels.nn import CrossAttention
 
 KINDS = "qkvomd"
 """What can have adapters: the projections of attention to queries, keys and values and its output,
@@ -225,12 +225,10 @@ class WeightGenerator(nn.Module):
 
     def read(self, keys: Rows) -> Tensor:
         """What the queries have read of every molecule, [kinds x layers, B, width]."""
-        molecules, count = len(keys.offsets) - 1, self.queries.shape[1]
-        x = self.queries.expand(molecules, -1, -1).flatten(0, 1)
-        offsets = every(keys.offsets, count)
+        x = self.queries[0]
         for decoder in self.decoders:
-            x = decoder(x, offsets, keys)
-        return self.norm(x).unflatten(0, (molecules, count)).transpose(0, 1)
+            x = decoder(x, keys)
+        return self.norm(x).transpose(0, 1)
 
     def _matrices(self, kind: str, hidden: Tensor) -> Tensor:
         """A [layers, B, d_in, r] from hidden states [layers, B, width]."""
@@ -248,34 +246,17 @@ class _Decoder(nn.Module):
     def __init__(self, width: int, heads: int, ffn: int) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.self_attn = _Attention(width, heads)
-        self.multihead_attn = _Attention(width, heads)
+        self.self_attn = CrossAttention(width, heads)
+        self.multihead_attn = CrossAttention(width, heads)
         self.linear1, self.linear2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
 
-    def forward(self, x: Tensor, offsets: Tensor, keys: Rows) -> Tensor:
-        own = Rows(self.norm1(x), offsets)
-        x = x + self.self_attn(own, own)
-        x = x + self.multihead_attn(Rows(self.norm2(x), offsets), keys)
+    def forward(self, x: Tensor, keys: Rows) -> Tensor:
+        """[B, A, width] from queries [A, width], the same for all molecules, or [B, A, width]."""
+        own = self.norm1(x).flatten(0, -2)
+        ends = torch.arange(0, len(own) + 1, x.shape[-2], device=x.device)
+        x = x + self.self_attn(own, own, own, ends, ends).view(x.shape)
+        x = x + self.multihead_attn.pool(self.norm2(x), keys.values, keys.offsets)
         return x + self.linear2(F.gelu(self.linear1(self.norm3(x))))
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-
-    def forward(self, x: Rows, source: Rows) -> Tensor:
-        weights = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(rows, weight, bias).unflatten(1, (self.heads, -1))
-            for rows, weight, bias in zip((x.values, *2 * (source.values,)), *weights, strict=True)
-        )
-        read = edt_kernels.ragged_attention(q, k, v, x.offsets, source.offsets)
-        return self.out_proj(read.flatten(1))
 
 
 def _initialise(module: nn.Module) -> None:
