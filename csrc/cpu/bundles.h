@@ -75,12 +75,8 @@ EDT_INLINE void masked_store(T* to, const Copy<T>& from, int64_t n) {
 }
 #endif
 
-// Vectors that are worked on together: with as many sums beside them they fill the registers.
-#if defined(EDT_ISA_avx512)
+// Vectors that are worked on together: with as many sums beside them they fill 16 registers.
 constexpr int kBlockVectors = 8;
-#else
-constexpr int kBlockVectors = 4;
-#endif
 
 // A segment, its places, and those of them that are in the share.
 struct Segment {

@@ -44,7 +44,7 @@ ScalarType lse_dtype(ScalarType dtype) {
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "ragged_attention: dimensions");
   const bool shapes = k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
-                      q.size(2) == k.size(2) && q.size(2) > 0 && k.size(1) > 0 &&
+                      q.size(2) == k.size(2) && q.size(2) > 0 && q.size(1) > 0 && k.size(1) > 0 &&
                       q.size(1) % k.size(1) == 0;
   STD_TORCH_CHECK(shapes, "ragged_attention: shapes");
   const ScalarType dtype = q.scalar_type();

@@ -45,15 +45,17 @@ EDT_INLINE auto weight_of(const Pool& x, const B& bundle, typename B::Row row) {
     return Wide<T>(1);
 }
 
-// Rows of an order are islands that the hardware prefetcher does not see coming.
+// The hardware prefetcher sees neither rows of an order nor the next segment in a block of columns.
 template <class T, bool WRITE, class B>
 EDT_INLINE void prefetch(const Pool& x, const B& bundle, const void* rows, int64_t i) {
-  constexpr int64_t kAhead = 4;
+  constexpr int64_t kAhead = 4, kLine = 64 / sizeof(T);
   if constexpr (!B::kSegments) {
-    if (!x.order || bundle.begin + i + kAhead >= x.used) return;
-    const T* row = read_only<T>(rows) + x.order[bundle.begin + i + kAhead] * x.dim + bundle.column;
+    const int64_t place = bundle.begin + i + kAhead;
+    if ((WRITE && !x.order) || place >= x.used) return;
+    const T* row = read_only<T>(rows) + bundle.row(x.order, i + kAhead) * x.dim + bundle.column;
 #pragma GCC unroll 8
-    for (int j = 0; j < B::kCount; ++j) __builtin_prefetch(row + j * kLanes<Wide<T>>, WRITE);
+    for (int64_t j = 0; j < B::kCount * kLanes<Wide<T>>; j += kLine)
+      __builtin_prefetch(row + j, WRITE);
   }
 }
 

@@ -49,7 +49,7 @@ def instance_lora_bwd(
     molecule by molecule in their order.
     """
     rows, wide_a, wide_b = _widen(x, a, b)
-    g = grad.reshape(-1, b.shape[0]).to(rows.dtype) * scale
+    g = grad.reshape(rows.shape[0], b.shape[0]).to(rows.dtype) * scale
     dx = rows.new_zeros(rows.shape) if need_x else rows.new_empty(0, *rows.shape[1:])
     da = (
         a.new_zeros(a.shape, dtype=rows.dtype) if need_a else wide_a.new_empty(0, *wide_a.shape[1:])
@@ -90,4 +90,4 @@ def _spans(offsets: Tensor, rows: int) -> Iterator[slice]:
 
 def _widen(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
-    return x.reshape(-1, x.shape[-1]).to(dtype), a.to(dtype), b.to(dtype)
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype), a.to(dtype), b.to(dtype)

@@ -62,7 +62,7 @@ def spoil(rng: Random, call: Call) -> Call:
 
 def _changed(rng: Random, x: Tensor) -> Tensor:
     """One entry is another."""
-    flat = x.clone().view(-1)
+    flat = x.flatten().clone()
     place = rng.randrange(len(flat))
     if x.dtype == torch.bool:
         flat[place] = ~flat[place]

@@ -524,6 +524,7 @@ def change(**replaced):
         ({"k": lambda a: a["k"].double()}, TypeError, "k must be torch.float32, got torch.float64"),
         ({"q": lambda a: a["q"][0]}, ValueError, r"q must have 3 dimensions, got shape \(2, 4\)"),
         ({"q": lambda a: a["q"][:, :, :0]}, ValueError, r"H, D >= 1, got \(5, 2, 0\)"),
+        ({"q": lambda a: a["q"][:, :0]}, ValueError, r"H, D >= 1, got \(5, 0, 4\)"),
         ({"k": lambda a: a["k"][:, :, :3]}, ValueError, r"k must have shape \[Tk, Hkv, 4\]"),
         ({"k": lambda a: a["k"].repeat(1, 2, 1)}, ValueError, "Hkv a divisor of 2"),
         ({"v": lambda a: a["v"][1:]}, ValueError, r"v must have the shape of k \(8, 2, 4\)"),
