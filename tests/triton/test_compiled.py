@@ -166,6 +166,6 @@ def _keeps_too_much(x_ptr, out_ptr, steps, BLOCK: tl.constexpr):
 
 
 def test_spills_are_found():
-    x = torch.zeros(1 << 14, device="meta")
-    arguments = {"x_ptr": x, "out_ptr": x, "steps": 5, "BLOCK": 1 << 14}
+    x = torch.zeros(1 << 13, device="meta")
+    arguments = {"x_ptr": x, "out_ptr": x, "steps": 5, "BLOCK": 1 << 13}
     assert resources(Launch(_keeps_too_much, arguments, {"num_warps": 1}), "sm_90").spills > 0
