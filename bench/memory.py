@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,9 +20,14 @@ FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 def peak(layout: str, dtype: str, molecules: int) -> int | None:
     """Bytes; None where the system does not tell."""
+    return measured("bench.memory", layout, dtype, str(molecules))
+
+
+def measured(module: str, *arguments: str) -> int | None:
+    """What `python -m module` prints; None where the system does not tell."""
     if not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, "-m", "bench.memory", layout, dtype, str(molecules)]
+    command = [sys.executable, "-m", module, *arguments]
     environment = {**os.environ, **FREE_AT_ONCE}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -45,10 +51,15 @@ def _measure(layout: str, dtype: str, molecules: int) -> int:
         read = ragged(connector, batch) if layout == "ragged" else padded(connector, batch, SLOTS)
         read.backward(torch.ones_like(read))
 
-    step(1)  # what libraries allocate once
+    return rise(lambda: step(1), lambda: step(molecules))
+
+
+def rise(first: Callable[[], None], step: Callable[[], None]) -> int:
+    """Bytes by which resident memory rises in `step`, after `first` has had libraries allocate."""
+    first()
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    step(molecules)
+    step()
     return _resident("VmHWM") - before
 
 

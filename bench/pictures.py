@@ -21,6 +21,8 @@ OURS, THEIRS, CEILING, RECORDED = "#0072B2", "#BBBBBB", "#D55E00", "#E69F00"
 PEERS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 MARKS = "s^vD"
 SIZE = "atoms per molecule"
+MEMORY = "MB of a training step, "
+"""Before the name of a contender, in what an outcome has beside its times."""
 COLUMNS = 4
 CUT = 12
 """A bar more than this many times ours is cut, and says so."""
@@ -72,6 +74,34 @@ def over_size(op: str, outcomes: Sequence[Outcome], file: Path) -> None:
     panels[0].set_ylabel("GFLOP/s over pairs that exist")
     panels[-1].legend(fontsize=8, frameon=False, loc="lower right")
     figure.suptitle(f"{op} of molecules", fontsize=11)
+    figure.savefig(file, dpi=110)
+
+
+def costs_over_size(op: str, outcomes: Sequence[Outcome], file: Path) -> None:
+    """Time of every contender, and where it is known its memory, over the outcomes' `SIZE`."""
+    rows = sorted(outcomes, key=lambda o: o.extra[SIZE])
+    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    styles = [(OURS, "o"), *zip(PEERS, MARKS, strict=True)]
+    for name, (colour, mark) in zip(rows[0].entries, styles, strict=False):
+        ran = [o for o in rows if o.entries[name].seconds]
+        milliseconds = [1e3 * o.entries[name].median for o in ran]
+        time.plot([o.extra[SIZE] for o in ran], milliseconds, f"-{mark}", color=colour, label=name)
+        known = [o for o in rows if MEMORY + name in o.extra]
+        megabytes = [o.extra[MEMORY + name] for o in known]
+        memory.plot([o.extra[SIZE] for o in known], megabytes, f"-{mark}", color=colour)
+    time.set_ylabel("ms, forward")
+    memory.set_ylabel("MB, forward and backward")
+    time.legend(fontsize=8, frameon=False)
+    for ax in (time, memory):
+        ax.set_xscale("log", base=2)
+        ax.set_ylim(bottom=0)
+        sizes = [o.extra[SIZE] for o in rows]
+        ax.set_xticks(sizes, [f"{size:.0f}" for size in sizes], fontsize=8)
+        ax.minorticks_off()
+        ax.set_xlabel(SIZE)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{op} of molecules, as many atoms in all", fontsize=11)
     figure.savefig(file, dpi=110)
 
 

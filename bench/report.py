@@ -60,7 +60,9 @@ def save(book: Book, folder: Path) -> str:
         _write(folder / "goals.json", {"machine": machine, "goals": list(map(asdict, book.goals))})
     for op, outcomes in book.ops().items():
         sizes = all(pictures.SIZE in outcome.extra for outcome in outcomes)
-        draw = pictures.over_size if sizes else pictures.contests
+        memory = any(key.startswith(pictures.MEMORY) for o in outcomes for key in o.extra)
+        curves = pictures.costs_over_size if memory else pictures.over_size
+        draw = curves if sizes else pictures.contests
         draw(op, outcomes, folder / f"{op}.png")
     if book.calls:
         pictures.calls(book.calls, folder / "calls.png")

@@ -137,6 +137,69 @@ class CrossAttention(nn.Module):
         )
         return self.out_proj(read.flatten(1))
 
+    def pool(self, query: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+        """The reading of a few queries that are the same for every molecule: attention pooling.
+
+        What `forward` computes with the queries repeated and `rows` as keys and values, by other
+        products: the keys' projection goes into the queries, (Wk^T q) h = q (Wk h), and values are
+        projected after they were summed. Rows are never projected, which pays while
+        A H is less than the widths of keys and values together.
+
+        Args:
+            query: [A, E].
+            rows: [T, kdim], with kdim = vdim.
+            offsets: [B + 1], int32 or int64.
+
+        Returns:
+            [B, A, E]; a molecule without rows has the bias of `out_proj`.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: shapes, devices or offsets do not fit; kdim is not vdim; it is causal.
+
+        Example:
+            >>> import torch
+            >>> from edt_kernels.nn import CrossAttention
+            >>> attention = CrossAttention(8, 2, kdim=6, vdim=6)
+            >>> attention.pool(torch.randn(3, 8), torch.randn(7, 6), torch.tensor([0, 4, 7])).shape
+            torch.Size([2, 3, 8])
+        """
+        if self.kdim != self.vdim or self.causal:
+            raise ValueError(
+                "pool needs kdim = vdim and no causal mask, "
+                f"got kdim={self.kdim}, vdim={self.vdim}, causal={self.causal}"
+            )
+        _check_width("query", query, self.embed_dim)
+        _check_width("rows", rows, self.kdim)
+        (w_q, w_k, w_v), (b_q, _, b_v) = self._projections()
+        shared = self.num_heads // self.num_kv_heads
+        w_k, w_v = (
+            w.unflatten(0, (-1, self.head_dim)).repeat_interleave(shared, 0) for w in (w_k, w_v)
+        )
+        # A bias of the keys adds the same to all scores of a query: softmax does not see it.
+        q = F.linear(query, w_q, b_q).unflatten(1, (self.num_heads, -1))
+        q = torch.einsum("ahd,hdw->ahw", q, w_k)
+        count, molecules = len(query), offsets.shape[0] - 1
+        ends = count * torch.arange(molecules + 1, dtype=offsets.dtype, device=offsets.device)
+        dropout = self.dropout if self.training else 0.0
+        seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout else None
+        keys = rows.unsqueeze(1)
+        read = ragged_attention(
+            q.expand(molecules, -1, -1, -1).flatten(0, 1),
+            keys,
+            keys,
+            ends,
+            offsets,
+            scale=self.head_dim**-0.5,
+            dropout_p=dropout,
+            seed=seed,
+        )
+        read = torch.einsum("thw,hdw->thd", read, w_v).flatten(1).unflatten(0, (molecules, count))
+        if b_v is not None:
+            bias = b_v.unflatten(0, (-1, self.head_dim)).repeat_interleave(shared, 0).flatten()
+            read = read + (offsets.diff() > 0)[:, None, None] * bias
+        return self.out_proj(read)
+
     def extra_repr(self) -> str:
         """What `print` shows beside the parts."""
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from edt_former.graph.batch import FEATURE_SCHEMES, OGB
+from edt_former.graph.batch import OGB, check_scheme
 
 TRAIN_EMBEDDINGS = ("new_rows", "all", "none")
 
@@ -29,7 +29,8 @@ class MoleculeConfig(PretrainedConfig):
             generates them.
         train_embeddings: "new_rows" trains those rows, "all" the language model's whole input
             table as well, "none" neither.
-        features: the scheme of atom and bond features that the graph encoder reads.
+        features: the scheme of atom and bond features that the graph encoder reads; None for
+            graphs that are no molecules.
         lora: adapters of the language model, see `edt_former.language.adapters.add_lora`; None
             for none.
 
@@ -58,16 +59,15 @@ class MoleculeConfig(PretrainedConfig):
         mol_token_id: int | None = None,
         new_token_ids: Sequence[int] = (),
         train_embeddings: str = "new_rows",
-        features: str = OGB,
+        features: str | None = OGB,
         lora: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if train_embeddings not in TRAIN_EMBEDDINGS:
             allowed = ", ".join(map(repr, TRAIN_EMBEDDINGS))
             raise ValueError(f"train_embeddings must be one of {allowed}, got {train_embeddings!r}")
-        if features not in FEATURE_SCHEMES:
-            known = ", ".join(map(repr, FEATURE_SCHEMES))
-            raise ValueError(f"features must be one of {known}, got {features!r}")
+        if features is not None:
+            check_scheme(features)
         if isinstance(text_config, Mapping):
             options = dict(text_config)
             text_config = AutoConfig.for_model(options.pop("model_type"), **options)

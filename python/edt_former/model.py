@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +23,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import edt_kernels
 from edt_former.checkpoint import FROZEN_PARTS, load_checkpoint, save_checkpoint, trained_names
-from edt_former.chem import ConformerOptions, Molecule, make_conformers
+from edt_former.chem import ConformerOptions, Molecule, make_conformers, motif_features
 from edt_former.config import MoleculeConfig
-from edt_former.connectors import Connector, MoleculeTokens, make_connector
+from edt_former.connectors import (
+    Connector,
+    MoleculeAdapters,
+    MoleculeTokens,
+    make_connector,
+)
+from edt_former.connectors.adapter_cache import AdapterCache, weights_version
 from edt_former.graph import GraphBatch, GraphEncoder, make_encoder
 from edt_former.language.adapters import add_lora, base_of, is_adapter
 from edt_former.language.frozen import input_scale
+from edt_former.language.instance_adapters import InstanceAdapters
 from edt_former.language.manifest import FrozenPart
 from edt_former.processor import (
     IGNORED_LABEL,
@@ -53,6 +62,11 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
     predictor and language model are frozen and in eval mode whatever `train` says; what trains is
     the connector and, as `config.train_embeddings` says, rows for added tokens or the whole input
     table (with it the head, where the two are tied).
+
+    A connector that makes adapters instead of tokens (MoRA) leaves nothing at `<mol>`: every row of
+    the batch computes with the sum of its molecules' adapters, in prompt and generation, and a row
+    without a molecule with the bits of the plain language model. Outside of training, adapters are
+    remembered by molecule as long as no weight changes; they are never saved.
 
     A molecule token stands on the scale of what the embedding module *returns* for text: where
     that module scales its table (Gemma, by sqrt(width)), the token is not scaled again, and where
@@ -116,6 +130,13 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"config.features must be what the graph encoder reads, "
                 f"{graph_encoder.features!r}, got {config.features!r}"
+            )
+        self._instance_adapters: InstanceAdapters | None = None
+        self._adapter_cache = AdapterCache()
+        if connector.adapts:
+            options = connector.options
+            self._instance_adapters = InstanceAdapters(
+                language_model, options.widths, options.adapted, options.names
             )
         self._make_new_rows()
         self._freeze()
@@ -231,8 +252,10 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             ValueError: a row's placeholders are not as many as its molecule tokens; the prompt is
                 longer than the language model reads.
         """
+        adapters = None
         if inputs_embeds is None:
             inputs_embeds = self.embed_prompt(input_ids, graph, patches, molecule_counts)
+            adapters = self._row_adapters(len(input_ids), graph, molecule_counts)
             if labels is not None:
                 labels = self._without_inputs_only(labels)
         self._check_length(inputs_embeds.shape[1])
@@ -242,9 +265,10 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             kwargs["position_ids"] = position_ids
         if labels is not None:
             kwargs["labels"] = labels
-        return self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
-        )
+        with self.using(adapters):
+            return self.language_model(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+            )
 
     @torch.no_grad()
     def generate(
@@ -258,8 +282,8 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """New tokens only, [B * num_return_sequences, T], by the language model's own `generate`.
 
-        Molecules are encoded once, before beams or samples multiply the rows. Rows must be padded
-        on the left.
+        Molecules are encoded once, before beams or samples multiply the rows; a beam keeps the
+        adapters of its row. Rows must be padded on the left.
 
         Args:
             input_ids: with the next four, see `forward`.
@@ -281,12 +305,13 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         self._check_length(input_ids.shape[1], kwargs.get("max_new_tokens") or 0)
         inputs_embeds = self.embed_prompt(input_ids, graph, patches, molecule_counts)
         muted = {*(kwargs.pop("suppress_tokens", None) or ()), *self._never_generated()}
-        return self.language_model.generate(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            suppress_tokens=sorted(muted) or None,
-            **kwargs,
-        )
+        with self.using(self._row_adapters(len(input_ids), graph, molecule_counts)):
+            return self.language_model.generate(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                suppress_tokens=sorted(muted) or None,
+                **kwargs,
+            )
 
     def embed_prompt(
         self,
@@ -312,10 +337,12 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
                 f"molecule_counts must sum to the molecules of graph, {graph.num_molecules}, "
                 f"got {int(rows[-1])}"
             )
-        if graph.num_molecules or self.training or self.always_encodes:
+        if not self.connector.adapts and self._encodes(graph):
             tokens = self.encode(graph, patches)
         else:
-            tokens = MoleculeTokens(embeds.new_zeros(0, embeds.shape[-1]), rows.new_zeros(1))
+            tokens = MoleculeTokens(
+                embeds.new_zeros(0, embeds.shape[-1]), rows.new_zeros(int(rows[-1]) + 1)
+            )
         token_offsets = tokens.offsets[rows]
         _check_counts(slots, token_offsets)
         prompt = edt_kernels.splice(
@@ -330,34 +357,85 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             self._input_scale = input_scale(self.language_model)
         return prompt if self._input_scale == 1 else prompt * self._input_scale
 
+    @contextmanager
+    def using(self, adapters: MoleculeAdapters | None) -> Iterator[None]:
+        """The language model computes with these adapters, one per row; None: as it is.
+
+        `forward` and `generate` do this themselves. It is for calls of `language_model` alone.
+
+        Raises:
+            TypeError: adapters, and a connector that makes none.
+
+        Example:
+            >>> import edt_former
+            >>> model = edt_former.load("mora")
+            >>> ids = torch.tensor([[1, 5, 6]])
+            >>> with model.using(model.adapt_molecules(["CCO"])):
+            ...     logits = model.language_model(ids).logits
+            >>> torch.equal(logits, model.language_model(ids).logits)
+            False
+        """
+        if adapters is None:
+            yield
+            return
+        if self._instance_adapters is None:
+            raise TypeError(f"{type(self.connector).__name__} makes tokens, it has no adapters")
+        with self._instance_adapters.using(adapters):
+            yield
+
+    @torch.no_grad()
+    def adapt_molecules(self, molecules: Sequence[Any]) -> MoleculeAdapters:
+        """The adapters of molecules, one each, in the language model's dtype.
+
+        Args:
+            molecules: as of `embed_molecules`.
+
+        Raises:
+            TypeError: the connector makes tokens.
+            ValueError: a molecule cannot be read, or has no conformer where one is needed.
+        """
+        if not self.connector.adapts:
+            raise TypeError(f"{type(self.connector).__name__} makes tokens, see embed_molecules")
+        features = self.config.features
+        read = read_all(molecules, options=self.connector.patch_options, features=features)
+        graph = GraphBatch.pack(read, self._coordinates(read), features=features)
+        return self._adapt(graph)
+
     def encode(
         self, graph: GraphBatch, patches: PatchSets | Mapping[str, edt_kernels.Patches] | None
-    ) -> MoleculeTokens:
-        """The tokens of packed molecules, from their patches by source."""
+    ) -> MoleculeTokens | MoleculeAdapters:
+        """The tokens or adapters of packed molecules, from their patches by source."""
+        if not graph.num_molecules:
+            graph = GraphBatch.empty(*self.graph_encoder.widths)
         graph = graph.to(self.device)
         if patches is None:
             none = {s: pack_patches([]) for s in self.connector.patch_options.sources}
             patches = PatchSets({} if graph.num_molecules else none)
         sets = PatchSets(dict(patches)).to(self.device)
-        return self.connector(self.graph_encoder(graph), dict(sets))
+        return self.connector(self.connector.read_graph(self.graph_encoder, graph), dict(sets))
 
     @torch.no_grad()
     def embed_molecules(self, molecules: Sequence[Any]) -> MoleculeTokens:
         """The tokens of molecules, without the language model; patches are found on the device.
 
         Args:
-            molecules: SMILES, RDKit `Mol`, `Molecule`, ...: see `edt_former.processor.as_molecule`.
+            molecules: SMILES, RDKit `Mol`, `Molecule`, ...: see `edt_former.processor.as_molecule`;
+                or graphs, where the graph encoder reads no molecules.
 
         Returns:
             Values [T, E] and offsets [B + 1].
 
         Raises:
+            TypeError: the connector makes adapters, see `adapt_molecules`.
             ValueError: a molecule cannot be read, or has no conformer where one is needed.
         """
+        self._needs_tokens("adapt_molecules")
         options = self.connector.patch_options
-        read = read_all(molecules, options=options)
+        features = self.config.features
+        read = read_all(molecules, options=options, features=features)
         coordinates = self._coordinates(read)
-        graph = GraphBatch.pack(read, coordinates, features=self.config.features).to(self.device)
+        motifs = motif_features(read) if self.connector.reads_motifs else None
+        graph = GraphBatch.pack(read, coordinates, features=features, motifs=motifs).to(self.device)
         return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
 
     @torch.no_grad()
@@ -371,7 +449,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
 
         Args:
             graph: as `GraphBatch.pack` makes it, with the features and coordinates that the graph
-                encoder reads.
+                encoder reads, and the motifs that the connector reads.
             longest: at least the most atoms of a molecule, which the host knows as it packs. It
                 says that none needs windows; without it, and where one does, a batch of more atoms
                 than the predictor's `positions` is waited for.
@@ -381,6 +459,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             [B + 1]; rows from offsets[-1] on belong to no molecule.
 
         Raises:
+            TypeError: the connector makes adapters.
             ValueError: the connector reads patches that are found on the host, see
                 `edt_former.tokens.cut_on_device`; `embed_molecules` finds them.
 
@@ -394,6 +473,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             >>> tokens.offsets, len(tokens.values)
             (tensor([ 0, 34, 69]), 70)
         """
+        self._needs_tokens("adapt_molecules")
         graph = graph.to(self.device)
         options = self.connector.patch_options
         return self.encode(graph, cut_on_device(graph, options, self.predictor, longest=longest))
@@ -574,6 +654,41 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         """
         given = dict(zip(FROZEN_PARTS, (language_model, graph_encoder, predictor), strict=True))
         return load_checkpoint(cls, folder, given, config=config, dtype=dtype, verify=verify)
+
+    def _encodes(self, graph: GraphBatch) -> bool:
+        """Whether the connector runs: every parameter needs a gradient, molecules or not."""
+        return bool(graph.num_molecules or self.training or self.always_encodes)
+
+    def _row_adapters(
+        self, rows: int, graph: GraphBatch | None, molecule_counts: Tensor | None
+    ) -> MoleculeAdapters | None:
+        """The adapters of every row of a batch; None where no row can have one."""
+        if not self.connector.adapts:
+            return None
+        if graph is None:
+            graph, molecule_counts = GraphBatch.empty(*self.graph_encoder.widths), None
+        if not self._encodes(graph):
+            return None
+        if molecule_counts is None:
+            molecule_counts = graph.offsets.new_zeros(rows)
+        return self._adapt(graph).of_rows(edt_kernels.offsets_from_lengths(molecule_counts))
+
+    def _adapt(self, graph: GraphBatch) -> MoleculeAdapters:
+        """The adapters of molecules; where nothing trains, from memory if they were met before."""
+        like = self.get_input_embeddings().weight
+        if torch.is_grad_enabled() or not graph.num_molecules:
+            return self.encode(graph, None).to(like)
+        makers = (self.connector, self.graph_encoder)
+        tensors = chain(*(m.parameters() for m in makers), *(m.buffers() for m in makers))
+        return self._adapter_cache.find(
+            graph.keys(),
+            lambda new: self.encode(graph.take(new), None).to(like),
+            version=(like.dtype, weights_version(tensors)),
+        )
+
+    def _needs_tokens(self, instead: str) -> None:
+        if self.connector.adapts:
+            raise TypeError(f"{type(self.connector).__name__} makes no tokens, see {instead}")
 
     def _coordinates(self, molecules: Sequence[Molecule]) -> list[np.ndarray] | None:
         """Coordinates for a graph encoder that reads them, by the processor where there is one."""

@@ -28,13 +28,14 @@ from edt_former.chem import (
     Invalid,
     Molecule,
     check_graph_data,
+    motif_features,
     read_as_written,
     read_molecule,
     read_selfies,
 )
 from edt_former.config import MoleculeConfig
 from edt_former.connectors import Connector, make_connector
-from edt_former.graph import GraphBatch
+from edt_former.graph import Graph, GraphBatch, read_graph
 from edt_former.graph.batch import OGB
 from edt_former.language.frozen import load_part, write_json
 from edt_former.language.manifest import Manifest
@@ -152,15 +153,22 @@ def as_molecule(source: Any, *, as_written: bool = False) -> Molecule | Invalid:
 
 
 def read_all(
-    sources: Sequence[Any], *, selfies: bool = False, options: PatchOptions | None = None
-) -> list[Molecule]:
+    sources: Sequence[Any],
+    *,
+    selfies: bool = False,
+    options: PatchOptions | None = None,
+    features: str | None = OGB,
+) -> list[Molecule] | list[Graph]:
     """`as_molecule` of every source, read as the patches of `options` need it.
 
-    With `selfies`, strings are SELFIES.
+    With `selfies`, strings are SELFIES. Without a scheme of `features` they are graphs, see
+    `edt_former.graph.read_graph`.
 
     Raises:
         ValueError: one cannot be read; it names the index and the reason.
     """
+    if features is None:
+        return [_graph(index, source) for index, source in enumerate(sources)]
     molecules = []
     for index, source in enumerate(sources):
         plain = selfies and isinstance(source, str)
@@ -184,6 +192,13 @@ def places(
         if isinstance(found, Invalid):
             raise ValueError(f"molecule {index} ({molecule.smiles!r}): {found.reason}")
     return [found.coordinates for found in conformers]
+
+
+def _graph(index: int, source: Any) -> Graph:
+    try:
+        return read_graph(source)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"graph {index}: {error}") from error
 
 
 def _graph_data(data: Any) -> Molecule | Invalid:
@@ -224,7 +239,8 @@ class MoleculeProcessor:
 
     Each `<mol>` is expanded to as many placeholders as its molecule has tokens, so every length is
     known before the model runs. Patches are found on the CPU for all new molecules of a call at
-    once, and remembered by canonical SMILES; so are conformers, where a 3D encoder needs them.
+    once, and remembered by canonical SMILES; so are motifs, where the connector reads them, and
+    conformers, where a 3D encoder does.
 
     Args:
         tokenizer: the language model's; `mol_token` is added to it as a special token if missing.
@@ -232,14 +248,16 @@ class MoleculeProcessor:
         predictor: the next-atom predictor, copied; needed for patches from entropies.
         mol_token: the text that marks one molecule.
         max_length: longest row in tokens, molecules included; None for no limit.
-        cache_size: molecules whose patches and conformers are remembered, the least recently used
-            go first.
-        features: the scheme of atom and bond features that the graph encoder reads.
+        cache_size: molecules whose patches, motifs and conformers are remembered, the least
+            recently used go first.
+        features: the scheme of atom and bond features that the graph encoder reads; None for
+            graphs that are no molecules, in the place of molecules everywhere.
         conformers: how conformers are made, or a mapping of `ConformerOptions`; None where the
             graph encoder reads no coordinates.
 
     Raises:
-        ValueError: the connector reads entropy patches and there is no predictor.
+        ValueError: the connector reads entropy patches and there is no predictor; or it reads
+            patches or motifs, and graphs are no molecules.
 
     Example:
         >>> import edt_former
@@ -258,7 +276,7 @@ class MoleculeProcessor:
         mol_token: str = "<mol>",
         max_length: int | None = None,
         cache_size: int = 65_536,
-        features: str = OGB,
+        features: str | None = OGB,
         conformers: ConformerOptions | Mapping[str, Any] | None = None,
     ) -> None:
         config = connector.config if isinstance(connector, Connector) else connector
@@ -267,6 +285,12 @@ class MoleculeProcessor:
         self.patch_options = self._connector.patch_options
         if self.patch_options.needs_predictor and predictor is None:
             raise ValueError("predictor is needed for patches from entropies, got None")
+        chemical = bool(self.patch_options.sources) or self._connector.reads_motifs
+        if features is None and chemical:
+            raise ValueError(
+                "the connector must read neither patches nor motifs of graphs that are no "
+                f"molecules, {config['name']!r} does"
+            )
         if mol_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([mol_token], special_tokens=True)
         self.tokenizer = tokenizer
@@ -284,6 +308,7 @@ class MoleculeProcessor:
         self.conformers = conformers
         self._pool = None if conformers is None else ConformerPool(conformers)
         self._conformers: OrderedDict[str, Conformer | Invalid] = OrderedDict()
+        self._motifs: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def __call__(
         self,
@@ -373,8 +398,8 @@ class MoleculeProcessor:
 
     def token_counts(self, molecules: Sequence[Any]) -> list[int]:
         """How many tokens each molecule takes in a prompt."""
-        read = read_all(molecules, options=self.patch_options)
-        return self._patches(read, GraphBatch.pack(read))[1]
+        read = read_all(molecules, options=self.patch_options, features=self.features)
+        return self._patches(read)[1]
 
     def set_budget(self, **budget: int | None) -> None:
         """As of the connector; see `MoleculeLM.set_budget`, which calls it."""
@@ -388,6 +413,17 @@ class MoleculeProcessor:
                 reason.
         """
         return None if self._pool is None else places(molecules, self.find_conformers(molecules))
+
+    def motifs(self, molecules: Sequence[Molecule]) -> list[np.ndarray] | None:
+        """What the motifs of every molecule are made of; None where the connector reads none."""
+        if not self._connector.reads_motifs:
+            return None
+        keys = [molecule.smiles or index for index, molecule in enumerate(molecules)]
+        found = {key: self._motifs.get(key) for key in keys}
+        new = {k: m for k, m in zip(keys, molecules, strict=True) if found[k] is None}
+        found |= zip(new, motif_features(list(new.values())), strict=True)
+        self._remember(self._motifs, found)
+        return [found[key] for key in keys]
 
     def find_conformers(
         self, molecules: Sequence[Molecule], pool: ConformerPool | None = None
@@ -625,9 +661,10 @@ class MoleculeProcessor:
             raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}")
         marks = [ids.count(self.mol_token_id) for ids in rows]
         sources = _by_mark(molecules, marks, self.mol_token)
-        read = read_all(sources, selfies=selfies, options=self.patch_options)
-        graph = GraphBatch.pack(read, self.coordinates(read), features=self.features)
-        patches, sizes = self._patches(read, graph)
+        options = self.patch_options
+        read = read_all(sources, selfies=selfies, options=options, features=self.features)
+        graph = self._pack(read)
+        patches, sizes = self._patches(read)
         repeats = _repeats(rows, self.mol_token_id, sizes)
         full = _repeated(rows, repeats)
         flags = None if learned is None else _repeated(learned, repeats)
@@ -663,7 +700,13 @@ class MoleculeProcessor:
                     f"({row.count(self.mol_token_id)} of them molecule tokens)"
                 )
 
-    def _patches(self, molecules: list[Molecule], graph: GraphBatch) -> tuple[PatchSets, list[int]]:
+    def _pack(self, molecules: list[Molecule]) -> GraphBatch:
+        if not molecules and self.features is None:
+            return GraphBatch.empty(1, 1)
+        positions, motifs = self.coordinates(molecules), self.motifs(molecules)
+        return GraphBatch.pack(molecules, positions, features=self.features, motifs=motifs)
+
+    def _patches(self, molecules: list[Molecule]) -> tuple[PatchSets, list[int]]:
         """Patches of the molecules, and how many tokens each gives."""
         if not self.patch_options.sources:
             return PatchSets({}), self._connector.token_counts({}, len(molecules))

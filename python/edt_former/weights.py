@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARED = "shared.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 WRAPPERS = ("state_dict", "model")
 """Keys under which a training program puts the weights beside other things."""
@@ -44,7 +45,8 @@ class StoredTensor(NamedTuple):
 def open_weights(source: Path | str) -> dict[str, StoredTensor]:
     """The tensors of a file, or of all weight files of a folder, by name; no number is read.
 
-    A folder is read as its index says (`model.safetensors.index.json`,
+    Weights that a folder shares with others are among them, see `shared_folders`. A folder is read
+    as its index says (`model.safetensors.index.json`,
     `pytorch_model.bin.index.json`); without one, all its safetensors files are, or else its one
     file of another kind. Files of torch (.bin, .pt, .pth, .ckpt) are unpickled as weights only:
     nothing in them is run.
@@ -63,7 +65,11 @@ def open_weights(source: Path | str) -> dict[str, StoredTensor]:
     """
     source = Path(source)
     if source.is_dir():
-        return _open_folder(source)
+        return _open_folder(source) | {
+            prefix + name: stored
+            for prefix, folder in shared_folders(source).items()
+            for name, stored in open_weights(folder).items()
+        }
     if not source.exists():
         raise FileNotFoundError(f"there is no {source}")
     if source.suffix == ".safetensors":
@@ -72,6 +78,19 @@ def open_weights(source: Path | str) -> dict[str, StoredTensor]:
         return {name: StoredTensor.of(tensor) for name, tensor in _unpickled(source).items()}
     known = ", ".join((".safetensors", *PICKLED))
     raise ValueError(f"{source} must be a folder or end in one of {known}")
+
+
+def shared_folders(folder: Path | str) -> dict[str, Path]:
+    """Where weights are that a folder does not hold itself, by what stands before their names.
+
+    `shared.json` says so, as `{"graph_encoder.unimol.": "../graph_encoder_3d"}`: the weights in
+    that folder, relative to this one, are the part's of those names.
+    """
+    file = Path(folder) / SHARED
+    if not file.is_file():
+        return {}
+    told = json.loads(file.read_text())
+    return {prefix: file.parent / where for prefix, where in told.items()}
 
 
 def _open_folder(folder: Path) -> dict[str, StoredTensor]:

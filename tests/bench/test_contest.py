@@ -276,6 +276,24 @@ def test_contests_over_size_are_drawn_as_curves(task, tmp_path, monkeypatch):
     }
 
 
+def test_contests_over_size_with_memory_are_drawn_as_costs(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda ax, x, y, *_, **o: drawn.append((x, y)))
+    book = Book()
+    for size in (16, 8):
+        entries = {"ours": Entry("ours", [2e-3]), "theirs": Entry("theirs", [4e-3 * size])}
+        extra = {pictures.SIZE: size, f"{pictures.MEMORY}ours": 10 * size}
+        book.outcomes.append(
+            Outcome(
+                *("op", f"{size}", "fp32", "forward", entries, Work(0.0, 1.0), 0.5, "FLOP", None),
+                extra,
+            )
+        )
+    report.save(book, tmp_path)
+    assert (tmp_path / "op.png").stat().st_size > 0
+    assert drawn == [([8, 16], [2, 2]), ([8, 16], [80, 160]), ([8, 16], [32, 64]), ([], [])]
+
+
 def test_a_missed_goal_fails_when_asked_to(pytester):
     pytester.makeconftest("from bench.conftest import *")
     pytester.makepyfile(

@@ -363,6 +363,32 @@ class TestFile:
 
 @pytest.mark.usefixtures("as_shipped")
 class TestDemo:
+    def test_connectors_stand_side_by_side(self, edt, monkeypatch, miniature):
+        size = {"width": 16, "layers": 1, "heads": 2, "ffn": 16, "cross_attention_freq": 1}
+        monkeypatch.setattr(speed, "PUBLISHED", size)
+        recorded = {
+            kind: {"value": 0.5, "low": 0.4, "high": 0.6} for kind in (*QUESTION_TYPES, "macro")
+        }
+        known = {
+            "guesses": shipped.manifest()["guesses"],
+            "accuracy": {
+                "qformer_32": {"known drugs": {"model": recorded}},
+                "left_behind": {"known drugs": {"model": recorded}},
+            },
+        }
+        monkeypatch.setattr(shipped, "manifest", lambda: known)
+        status, out, _ = edt("demo", "--sample", 2, "--no-report")
+        assert status == 0
+        place = next(i for i, line in enumerate(out) if line.startswith("Every connector"))
+        assert "held-out drugs, as recorded" in out[place]
+        assert out[place + 3].split()[:3] == ["qformer_32", "2d", "0.500"]
+        status, out, _ = edt("demo", "--sample", 2, "--no-report", "--compare")
+        assert status == 0
+        place = next(i for i, line in enumerate(out) if line.startswith("Every connector"))
+        assert "the 2 drugs of the sample" in out[place]
+        shown = {line.split()[0] for line in out[place + 3 : place + 3 + len(shipped.connectors())]}
+        assert shown == set(shipped.connectors())
+
     def test_drugs_accuracy_and_speed(self, edt, monkeypatch, tmp_path):
         size = {"width": 16, "layers": 1, "heads": 2, "ffn": 16, "cross_attention_freq": 1}
         monkeypatch.setattr(speed, "PUBLISHED", size)
@@ -450,7 +476,8 @@ def test_the_shipped_model_answers(edt):
 @trained
 def test_the_shipped_set_is_complete_and_small():
     manifest = shipped.manifest()
-    assert shipped.connectors()[:4] == [*shipped.ENCODERS.values(), "qformer_32"]
+    names = {*shipped.ENCODERS.values(), "mora", "qformer_32", "qformer_40"}
+    assert names <= set(shipped.connectors())
     assert set(manifest["accuracy"]) == set(shipped.connectors())
     files = [path for path in shipped.folder().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 20e6

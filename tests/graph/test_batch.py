@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from edt_former.chem import FEATURES_ID, PRETRAIN_FEATURES_ID, read_molecules
-from edt_former.graph import GraphBatch
+from edt_former.chem import (
+    FEATURES_ID,
+    PRETRAIN_FEATURES_ID,
+    motif_features,
+    read_molecules,
+)
+from edt_former.graph import GraphBatch, read_graph
 from edt_former.graph.batch import FEATURE_SCHEMES
 
 NO_ATOMS = SimpleNamespace(
@@ -91,3 +96,48 @@ def test_features_of_another_scheme():
     assert list(FEATURE_SCHEMES) == [FEATURES_ID, PRETRAIN_FEATURES_ID]
     with pytest.raises(ValueError, match=r"features must be one of 'ogb-9-3', .*, got 'ecfp'"):
         GraphBatch.pack(MOLECULES, features="ecfp")
+
+
+def test_no_scheme_takes_what_is_stored_and_no_molecules_have_any_width():
+    path = read_graph(SimpleNamespace(num_nodes=2, edge_index=[[0, 1], [1, 0]]))
+    batch = GraphBatch.pack([path, path], features=None)
+    assert batch.features is None and batch.atom_features.shape == (4, 1)
+    assert batch.bond_index.tolist() == [[1, 0, 3, 2], [0, 1, 2, 3]]
+    with pytest.raises(ValueError, match=r"features must be one of .*, got None"):
+        GraphBatch.pack([], features=None)
+    empty = GraphBatch.empty(2, 1)
+    assert empty.atom_features.shape == (0, 2) and empty.motifs.values.shape == (0, 73)
+
+
+def test_motifs_are_packed_and_move():
+    molecules = read_molecules(["CCO", "C"])
+    batch = GraphBatch.pack(molecules, motifs=motif_features(molecules))
+    assert batch.to("meta").motifs.values.device.type == "meta"
+    with pytest.raises(ValueError, match="motifs must be one array per molecule, 2, got 1"):
+        GraphBatch.pack(molecules, motifs=motif_features(molecules[:1]))
+
+
+def test_taken_molecules_are_packed_as_if_alone():
+    molecules = read_molecules(["CCO", "[Na+].[Cl-]", "c1cc[nH]c1", "C"])
+
+    def packed(rows):
+        own = [molecules[row] for row in rows]
+        places = [np.full((molecules[row].num_atoms, 3), float(row)) for row in rows]
+        return GraphBatch.pack(own, places, motifs=motif_features(own))
+
+    batch = packed(range(4))
+    for rows in ([2], [3, 0, 2], []):
+        expected, taken = packed(rows), batch.take(rows)
+        for name, value in vars(expected).items():
+            found = getattr(taken, name)
+            if name != "motifs":
+                found, value = (found,), (value,)
+            assert all(map(torch.equal, found, value)), name
+        assert taken.keys() == expected.keys() == [batch.keys()[row] for row in rows]
+
+
+def test_keys_tell_molecules_and_conformers_apart():
+    same, other = read_molecules(["CCO", "CCN"])
+    assert len(set(GraphBatch.pack([same, other, same]).keys())) == 2
+    places = [np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))]
+    assert len(set(GraphBatch.pack([same] * 3, places).keys())) == 2

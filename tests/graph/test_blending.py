@@ -276,3 +276,19 @@ def test_a_width_that_the_heads_do_not_divide_is_refused():
 def test_the_atoms_of_one_view_are_the_values():
     values = torch.randn(3, 2)
     assert GraphFeatures(values, torch.tensor([0, 3])).atoms() == (values,)
+
+
+def test_levels_end_with_the_features_and_have_their_rows():
+    batch = packed(0, 2, 1)
+    for special in (False, True):
+        model = small(special_tokens=special)
+        found = model.with_levels(batch)
+        assert len(found.levels) == 3 and found.levels[-1] is found.values
+        assert {level.shape for level in found.levels} == {found.values.shape}
+        expected = model(batch)
+        torch.testing.assert_close(found.values, expected.values, rtol=0, atol=0)
+        assert torch.equal(found.offsets, expected.offsets)
+        assert all(map(torch.equal, found.views, expected.views))
+        flat, _ = model.blending_module.levels(model.flat(batch), model.spatial(batch))[0]
+        first = found._replace(values=found.levels[0]).atoms()[0]
+        torch.testing.assert_close(first, flat.atoms()[0], rtol=0, atol=0)

@@ -290,3 +290,19 @@ def test_options_that_do_not_fit(options, message):
 def test_a_batch_without_coordinates_is_refused():
     with pytest.raises(ValueError, match=r"batch.coordinates must be given to a 3D encoder"):
         small()(GraphBatch.pack(MOLECULES))
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_levels_are_those_of_shallower_encoders(special):
+    """The last passes the LayerNorm at the end; before, it is what the layers have made so far."""
+    model, batch = small(special_tokens=special), packed(0, 1, 3)
+    found = model.with_levels(batch)
+    assert len(found.levels) == 4
+    torch.testing.assert_close(found.values, model(batch).values, rtol=0, atol=0)
+    symbols = model.embed_tokens(model._tokens(batch).ids)
+    first = found._replace(values=found.levels[0]).atoms()[0]
+    embedded = model.encoder.emb_layer_norm(symbols).index_select(0, model._tokens(batch).atoms)
+    torch.testing.assert_close(first, embedded, rtol=0, atol=1e-6)
+    model.encoder.layers = model.encoder.layers[:2]
+    model.encoder.final_layer_norm = torch.nn.Identity()
+    torch.testing.assert_close(found.levels[2], model(batch).values, rtol=0, atol=1e-5)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, FalconH1Config, GemmaConfig, LlamaConfig
 
+from edt_former.graph import make_encoder
 from edt_former.language import (
     content_hash,
     frozen,
@@ -15,6 +16,7 @@ from edt_former.language import (
 )
 from edt_former.language.frozen import load_strictly, module_weights
 from edt_former.tokens import NextAtomPredictor
+from edt_former.weights import WEIGHTS, open_weights
 
 SIZE = {
     "vocab_size": 12,
@@ -125,3 +127,38 @@ def test_a_hash_does_not_depend_on_how_much_is_hashed_at_a_time(monkeypatch):
     expected = content_hash(weights.items())
     monkeypatch.setattr(frozen, "HASHED_AT_A_TIME", 4)
     assert content_hash(weights.items()) == expected
+
+
+def test_a_part_reads_weights_that_it_shares(tmp_path):
+    flat = make_encoder({"name": "gin", "layers": 1, "width": 8})
+    spatial = {"layers": 1, "width": 8, "heads": 2, "ffn": 8, "gaussians": 4}
+    size = {"layers": 1, "width": 8, "heads": 2}
+    both = make_encoder({"name": "blended", **size, "flat": flat.config, "spatial": spatial})
+    both.graph_encoder["moleculestm"].load_state_dict(flat.state_dict())
+    save_part(flat, tmp_path / "flat")
+    save_part(both, tmp_path / "both")
+    before = content_hash(read_weights(tmp_path / "both"))
+    size = (tmp_path / "both" / WEIGHTS).stat().st_size
+    frozen.share_weights(tmp_path / "both", {"graph_encoder.moleculestm.": tmp_path / "flat"})
+    assert (tmp_path / "both" / WEIGHTS).stat().st_size < size
+    assert content_hash(read_weights(tmp_path / "both")) == before
+    opened = {n: x.read() for n, x in open_weights(tmp_path / "both").items()}
+    assert content_hash(opened.items()) == before
+    read = load_part(make_encoder, tmp_path / "both")
+    assert content_hash(module_weights(read)) == before
+    save_part(both, tmp_path / "both")
+    assert not (tmp_path / "both" / "shared.json").exists()
+    assert content_hash(read_weights(tmp_path / "both")) == before
+
+
+def test_only_equal_weights_are_shared(tmp_path):
+    one = make_encoder({"name": "gin", "layers": 1, "width": 8})
+    both = nn.ModuleDict({"a": one})
+    both.config = {}
+    save_part(both, tmp_path / "both")
+    with torch.no_grad():
+        next(one.parameters()).add_(1)
+    save_part(one, tmp_path / "one")
+    with pytest.raises(ValueError, match=r"must share their weights, a\..* differs"):
+        frozen.share_weights(tmp_path / "both", {"a.": tmp_path / "one"})
+    assert not (tmp_path / "both" / "shared.json").exists()

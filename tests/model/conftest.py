@@ -18,6 +18,7 @@ from transformers import (
 
 from edt_former.connectors import make_connector
 from edt_former.graph import make_encoder
+from edt_former.language import connector_options
 from edt_former.model import MoleculeLM
 from edt_former.tokens import NextAtomPredictor
 
@@ -55,14 +56,24 @@ LANGUAGE_MODELS = {
         embedding_multiplier=3.0,
     ),
 }
+TRANSFORMER = {"width": 16, "layers": 2, "heads": 2, "ffn": 16, "dropout": 0.0}
 CONNECTORS = {
-    "edt_former": {"name": "edt_former", "num_queries": 2},
+    "edt_former": {"name": "edt_former", "num_queries": 2, **TRANSFORMER},
     "edt_former_brics": {
         "name": "edt_former",
         "num_queries": 1,
         "patches": {"sources": ["brics", "entropy"]},
+        **TRANSFORMER,
     },
-    "qformer": {"name": "qformer", "num_queries": 3},
+    "qformer": {"name": "qformer", "num_queries": 3, **TRANSFORMER},
+    "llamo": {
+        **{"name": "llamo", "num_levels": 3, "level_queries": 1, "motif_queries": 2},
+        **{"heads": 2, "depth": 2},
+    },
+    "mora": {
+        **{"name": "mora", "types": "qvomd", "every": 1, "rank": 2},
+        **{"width": 16, "layers": 2, "heads": 2, "ffn": 16},
+    },
 }
 
 UNIMOL = {"heads": 2, "ffn": 16}
@@ -106,9 +117,8 @@ def make_parts():
         language_model: str = "llama", connector: str = "edt_former", encoder: str = "gin"
     ) -> tuple:
         text_model = AutoModelForCausalLM.from_config(LANGUAGE_MODELS[language_model]())
-        size = {"llm_width": 16, "encoder_width": 8, "width": 16, "layers": 2, "heads": 2}
         encoder = make_encoder({"name": encoder, "layers": 2, "width": 8, **ENCODERS[encoder]})
-        options = {**size, "ffn": 16, "dropout": 0.0, **CONNECTORS[connector]}
+        options = connector_options({"encoder_width": 8, **CONNECTORS[connector]}, text_model)
         predictor = NextAtomPredictor({"layers": 1, "heads": 2, "width": 16, "positions": 64})
         return text_model, encoder, make_connector(options), predictor
 

@@ -9,16 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from edt_former.chem import ConformerOptions
+from edt_former.chem import ConformerOptions, motif_features
 from edt_former.config import MoleculeConfig
 from edt_former.connectors import MoleculeTokens, make_connector
-from edt_former.graph import PretrainGNN, make_encoder
+from edt_former.graph import GraphBatch, PretrainGNN, make_encoder
 from edt_former.language import save_part
 from edt_former.model import MoleculeLM
 from edt_former.processor import read_all
 
 ARCHITECTURES = ["llama", "qwen2", "gpt2", "gemma", "gemma2", "gemma3", "granite", "falcon_h1"]
-CONNECTORS = ["edt_former", "edt_former_brics", "qformer"]
+CONNECTORS = ["edt_former", "edt_former_brics", "qformer", "llamo"]
 
 TEXTS = [
     "<mol> question: how many rings ? answer:",
@@ -539,3 +539,27 @@ def test_blending_trains_where_it_should_and_is_in_the_checkpoint(make_model, tm
     model.save_pretrained(tmp_path, save_frozen=True)
     with safe_open(tmp_path / "model.safetensors", "pt") as written:
         assert {f"graph_encoder.{name}" for name in trained} < set(written.keys())
+
+
+@pytest.mark.parametrize("encoder", ["gin", "unimol", "blended"])
+def test_llamo_reads_every_encoder_and_a_saved_one_answers_alike(make_model, tmp_path, encoder):
+    model = make_model(connector="llamo", encoder=encoder, conformers=ConformerOptions(seed=5))
+    inputs = model.processor(TEXTS, MOLECULES)
+    before = logits(model, inputs, 0)
+    model.save_pretrained(tmp_path, save_frozen=True)
+    read = MoleculeLM.from_pretrained(tmp_path)
+    assert read.config.connector_config["name"] == "llamo"
+    again = read.processor(TEXTS, MOLECULES)
+    assert torch.equal(again["graph"].motifs.values, inputs["graph"].motifs.values)
+    torch.testing.assert_close(logits(read, again, 0), before, rtol=0, atol=1e-5)
+    assert len(read.answer(["CCO", "C"], "how many ?", max_new_tokens=2)) == 2
+
+
+def test_llamo_without_motifs_in_the_batch_is_told_where_they_come_from(make_model):
+    model = make_model(connector="llamo")
+    graph = GraphBatch.pack(read_all(FLAT))
+    with pytest.raises(ValueError, match="must have the motifs of 4 molecules, got none"):
+        model.embed_graph(graph)
+    motifs = motif_features(read_all(FLAT))
+    tokens = model.embed_graph(GraphBatch.pack(read_all(FLAT), motifs=motifs))
+    torch.testing.assert_close(tokens.values, model.embed_molecules(FLAT).values)

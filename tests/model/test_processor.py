@@ -9,6 +9,7 @@ import torch
 from rdkit import Chem
 from transformers import AutoProcessor
 
+from edt_former import processor as processor_module
 from edt_former.chem import (
     Conformer,
     ConformerOptions,
@@ -329,3 +330,24 @@ def test_graph_data_without_smiles_has_no_conformer(make_processor):
     )
     with pytest.raises(ValueError, match=r"molecule 0.*needs a molecule's SMILES"):
         make_processor(conformers=ConformerOptions())("<mol>", data)
+
+
+def test_motifs_are_found_once_where_the_connector_reads_them(make_model, monkeypatch):
+    model = make_model(connector="llamo")
+    read = []
+    find = processor_module.motif_features
+
+    def counted(molecules):
+        read.append([m.smiles for m in molecules])
+        return find(molecules)
+
+    monkeypatch.setattr(processor_module, "motif_features", counted)
+    first = model.processor(["<mol>", "<mol> <mol>"], ["CCO", "C", "CCO"])["graph"]
+    second = model.processor(["<mol>"], ["C"])["graph"]
+    assert read == [["CCO", "C"], []]
+    assert first.motifs.offsets.tolist() == [0, 2, 2, 4] and second.motifs.offsets.tolist() == [
+        0,
+        0,
+    ]
+    assert torch.equal(first.motifs.values[:2], first.motifs.values[2:])
+    assert make_model(connector="qformer").processor(["<mol>"], ["C"])["graph"].motifs is None

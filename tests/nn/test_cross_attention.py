@@ -240,3 +240,42 @@ def test_wrong_inputs_are_named():
             module(*wrong, *offsets)
     with pytest.raises(ValueError, match=r"k_offsets\[-1\] must be at most"):
         module(*tensors, offsets[0], offsets[1] * 2)
+
+
+POOLED = {
+    "one width": {},
+    "other width": {"kdim": 6, "vdim": 6},
+    "no bias": {"bias": False},
+    "shared keys": {"num_kv_heads": 1},
+}
+
+
+@pytest.mark.parametrize("options", POOLED.values(), ids=POOLED)
+def test_pool_is_forward_with_repeated_queries(options):
+    module = CrossAttention(8, 2, dtype=torch.float64, **options)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    rows, offsets = ragged(K_LENGTHS, module.kdim, tail=2, dtype=torch.float64, seed=2)
+    rows[offsets[-1] :] = torch.nan
+    query = torch.randn(3, 8, dtype=torch.float64)
+    ends = 3 * torch.arange(len(offsets))
+
+    def repeated(query, rows):
+        real = rows[: int(offsets[-1])]
+        flat = query.expand(len(K_LENGTHS), -1, -1).flatten(0, 1)
+        return module(flat, real, real, ends, offsets).unflatten(0, (-1, 3))
+
+    ours = with_grads(lambda q, x: module.pool(q, x, offsets), module, [query, rows])
+    expected = with_grads(repeated, module, [query, rows])
+    for found, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_pool_refuses_what_it_cannot_do():
+    rows, offsets = ragged(K_LENGTHS, 6, seed=2)
+    with pytest.raises(
+        ValueError, match="needs kdim = vdim and no causal mask, got kdim=6, vdim=8"
+    ):
+        CrossAttention(8, 2, kdim=6).pool(torch.zeros(3, 8), rows, offsets)
+    with pytest.raises(ValueError, match="no causal mask"):
+        CrossAttention(6, 2, causal=True).pool(torch.zeros(3, 6), rows, offsets)

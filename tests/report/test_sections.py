@@ -12,6 +12,7 @@ from edt_former.report.sections import (
     accuracy_section,
     answers_section,
     circumstances_section,
+    connectors_section,
     patches_section,
     speed_card,
     speed_section,
@@ -84,3 +85,16 @@ def test_circumstances(monkeypatch):
     assert facts["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     info = edt_kernels.build_info()
     assert facts["kernels"] == (f"native, {info['cpu_isa']}" if info["native"] else info["reason"])
+
+
+def test_connectors_are_ranked_with_what_they_read():
+    def by_kind(value):
+        return {kind: Accuracy(value, value - 0.1, 1) for kind in (*QUESTION_TYPES, "macro")}
+
+    results = {"llamo": by_kind(0.5), "edt_former": by_kind(0.75), "qformer_32": by_kind(0.25)}
+    reads = {"llamo": "2d", "edt_former": "3d", "qformer_32": "2d"}
+    section = connectors_section(results, reads, asked="3 drugs")
+    ((header, lines),) = section.tables
+    assert "right answers on 3 drugs" in section.text and header[2] == "right"
+    assert [line[0] for line in lines] == ["edt_former", "llamo", "qformer_32"]
+    assert lines[0][1] == "3d" and str(lines[0][2]) == "0.750 [0.650, 1.000]"

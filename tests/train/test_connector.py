@@ -6,20 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from edt_former.connectors import make_connector
-from edt_former.graph import make_encoder
+from edt_former.chem import motif_features
+from edt_former.connectors import MoleculeTokens, make_connector
+from edt_former.graph import GraphBatch, MotifFeatures, make_encoder
 from edt_former.tasks.questions import FACTS, QUESTION_TYPES
 from edt_former.tokens import NextAtomPredictor
 from edt_former.train.tiny import connector as recipe
 from edt_former.train.tiny.conformers import PlacedTable
 from edt_former.train.tiny.connector import (
     FeatureTable,
+    LevelTable,
     connector_configs,
+    level_config,
     question_odds,
     read_features,
     train_connector,
 )
 from edt_former.train.tiny.data import MoleculeTable
+from edt_former.train.tiny.fact_tokens import fact_embeddings
 from edt_former.train.tiny.packing import QuestionBank
 from edt_former.train.tiny.reader import ReaderConfig, build_reader
 from edt_former.train.tiny.vocabulary import build_tokenizer
@@ -247,3 +251,61 @@ def test_a_killed_stage_goes_on_to_the_same_connector(
         "toy.stage1.pt",
         "toy.stage2.pt",
     ]
+
+
+@pytest.fixture(scope="module")
+def levels(table, frozen) -> LevelTable:
+    return LevelTable(table, frozen[0])
+
+
+def test_levels_and_motifs_of_a_batch_are_those_of_its_molecules(table, frozen, levels):
+    rows = np.array([7, 0, 7, len(table) - 1])
+    found, patches = levels.batch(rows)
+    assert patches == {} and levels.num_levels == len(found.levels) == 2
+    molecules = table.molecules(rows)
+    motifs = MotifFeatures.pack(motif_features(molecules))
+    assert all(map(torch.equal, found.motifs, motifs))
+    live = frozen[0].with_levels(table.batch(rows))
+    for stored, level in zip(found.levels, live.levels, strict=True):
+        torch.testing.assert_close(stored, level, rtol=2e-3, atol=2e-3)
+    with torch.no_grad():
+        values = frozen[0](GraphBatch.pack(molecules)).values
+    torch.testing.assert_close(found.values, values, rtol=2e-3, atol=2e-3)
+
+
+def test_any_token_of_llamo_may_learn_to_write_any_fact(
+    frozen, levels, language_model, bank, tmp_path, monkeypatch
+):
+    figures = watch(monkeypatch)
+    config = level_config(frozen[0], levels.num_levels, 32)
+    config |= {"level_queries": 16, "width": 32}
+    parts = (config, levels, language_model, bank, tmp_path)
+    train_connector(*parts, label="toy", steps=(60, 2), seed=0, lr=1e-2)
+    nats, writers = ([step[name] for step in figures[0]] for name in ("nats", "writers"))
+    assert np.mean(nats[-5:]) < 0.7 * np.mean(nats[:5])
+    assert writers[-1] > 8, "facts find tokens of their own"
+    assert set(figures[1][0]) == {"nats", "right"}
+
+
+def test_facts_are_dealt_to_the_tokens_that_write_them(frozen, levels, language_model, bank):
+    """Tokens that say every truth, in any order, have no loss but that of the sharpness."""
+    rows = np.arange(4)
+    same = np.repeat(levels.answers[:1], len(levels), 0)
+    embedding = language_model.get_input_embeddings().weight
+    facts = torch.arange(len(FACTS))
+    said = fact_embeddings(embedding, bank, facts, torch.from_numpy(same[0].astype(np.int64)))
+
+    class Writes(torch.nn.Module):
+        def forward(self, features, patches):
+            return MoleculeTokens(said[order].repeat(len(features.offsets) - 1, 1), None)
+
+    order = torch.randperm(len(FACTS))
+    levels.answers, answers = same, levels.answers
+    try:
+        align = recipe._FreeAlignment(Writes(), levels, embedding, bank)
+        align.BATCH = len(rows)
+        _, figures = align(np.random.default_rng(0))
+    finally:
+        levels.answers = answers
+    assert figures["right"] == 1 and figures["writers"] == len(FACTS)
+    assert figures["away"] == pytest.approx(0, abs=1e-5)

@@ -16,7 +16,7 @@ from edt_former.tasks.heldout import heldout_molecules
 from edt_former.tasks.questions import QUESTION_TYPES
 from edt_former.train.tiny import connector, encoder, predictor, recipe
 from edt_former.train.tiny.reader import ReaderConfig
-from edt_former.train.tiny.recipe import round_weights, run_recipe
+from edt_former.train.tiny.recipe import add_connector, round_weights, run_recipe
 
 READER = ReaderConfig(width=16, intermediate=16, layers=1, heads=2)
 WHO = [
@@ -63,7 +63,7 @@ def test_everything_that_ships_is_there(out):
     manifest = json.loads((out / "shipped" / "manifest.json").read_text())
     names = list(manifest["accuracy"])
     assert names[:2] == ["edt_former", "qformer_32"] and names[2].startswith("qformer_")
-    assert names[3:] == ["edt_former_3d", "edt_former_both"]
+    assert names[3:] == ["llamo", "mora", "edt_former_3d", "edt_former_both"]
     made = sorted(path.name for path in (out / "shipped").iterdir())
     frozen = ["graph_encoder", "graph_encoder_3d", "graph_encoder_both"]
     frozen += ["language_model", "predictor"]
@@ -94,7 +94,7 @@ def test_the_manifest_tells_how_it_was_made(out):
 
 def test_the_shipped_models_load_and_answer(out, monkeypatch):
     monkeypatch.setattr(shipped, "folder", lambda: out / "shipped")
-    assert shipped.connectors()[:4] == [*shipped.ENCODERS.values(), "qformer_32"]
+    assert shipped.connectors()[:6] == [*shipped.ENCODERS.values(), "llamo", "mora", "qformer_32"]
     for name in shipped.connectors():
         model = shipped.load(name)
         assert isinstance(model, MoleculeLM)
@@ -139,6 +139,23 @@ def test_the_same_call_again_trains_nothing_and_gives_the_same(out, corpora, sma
     again = json.loads((out / "shipped" / "manifest.json").read_text())
     timeless = ("accuracy", "steps", "guesses", "reading", "next-atom surprise, nats")
     assert {k: again[k] for k in timeless} == {k: manifest[k] for k in timeless}
+
+
+def test_one_connector_alone_is_trained_against_what_ships(
+    out, small, corpora, prepared, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shipped, "folder", lambda: out / "shipped")
+    shutil.copytree(prepared, tmp_path / "out")
+    add_connector(corpora, tmp_path / "out", "llamo", scale=0.5, processes=1)
+    before, after = out / "shipped", tmp_path / "out" / "shipped"
+    for path in before.rglob("*.safetensors"):
+        assert (after / path.relative_to(before)).read_bytes() == path.read_bytes(), path
+    results = [json.loads((folder / "manifest.json").read_text()) for folder in (before, after)]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    with pytest.raises(ValueError, match=r"name must be one of 'edt_former', .*'llamo', got 'mlp'"):
+        add_connector(corpora, tmp_path / "other", "mlp", scale=0.5, processes=1)
+    with pytest.raises(ValueError, match="has a run with"):
+        add_connector(corpora, tmp_path / "out", "llamo", scale=0.25)
 
 
 def test_another_run_does_not_go_on_from_these_checkpoints(out, corpora):

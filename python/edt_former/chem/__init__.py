@@ -28,6 +28,7 @@ from edt_former.chem.molecule import (
     read_molecules,
     read_selfies,
 )
+from edt_former.chem.motifs import MOTIF_WIDTH, Motifs, find_motifs, motif_features
 
 __all__ = [
     "ATOM_FEATURE_SIZES",
@@ -35,6 +36,7 @@ __all__ = [
     "FEATURES_ID",
     "FUNCTIONAL_GROUPS",
     "MAX_ATOMS",
+    "MOTIF_WIDTH",
     "PRETRAIN_ATOM_SIZES",
     "PRETRAIN_BOND_SIZES",
     "PRETRAIN_FEATURES_ID",
@@ -43,11 +45,14 @@ __all__ = [
     "ConformerPool",
     "Invalid",
     "Molecule",
+    "Motifs",
     "brics_fragments",
     "check_graph_data",
+    "find_motifs",
     "functional_groups",
     "make_conformer",
     "make_conformers",
+    "motif_features",
     "rdkit_mol",
     "read_as_written",
     "read_file",

@@ -1,4 +1,4 @@
-"""`edt convert`: released files of EDT-Former to this package, and back."""
+"""`edt convert`: released files of EDT-Former and MoRA to this package, and back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ OURS, RELEASED = "ours", "released"
 TO_OURS = (
     *("moleculestm", "unimol", "language_model", "predictor", "predictor_heads", "lora_alpha"),
     *("heads", "blending_heads", "max_dynamic", "allow_missing", "allow_unexpected"),
+    *("mora_rank", "mora_types", "mora_every", "mora_alpha"),
 )
 
 
@@ -21,11 +22,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "convert",
-        help="released files of EDT-Former to this package, and back",
+        help="released files of EDT-Former and MoRA to this package, and back",
         description="Convert the released files of EDT-Former (an encoder of the first stage, a "
-        "whole model, the next-atom predictor) to folders that this package reads, or such folders "
-        "to released files. Tensors keep their bits. Nothing is written unless every tensor has "
-        "its place.",
+        "whole model, the next-atom predictor) and MoRA (its weight generator) to folders that "
+        "this package reads, or such folders to released files. Tensors keep their bits. Nothing "
+        "is written unless every tensor has its place.",
         epilog="example: edt convert edt-former-encoder.safetensors encoder --dry-run",
     )
     parser.add_argument(
@@ -59,12 +60,20 @@ def add(commands: argparse._SubParsersAction) -> None:
     files.add_argument("--moleculestm", type=Path, metavar="FILE", help="molecule_model.pth")
     files.add_argument("--unimol", type=Path, metavar="FILE", help="mol_pre_no_h_220816.pt")
     told = parser.add_argument_group("what shapes do not tell")
-    told.add_argument("--heads", type=int, help="of the query transformer (default: 12)")
+    told.add_argument(
+        "--heads", type=int, help="of the query transformer (default: 12) or generator (16)"
+    )
     told.add_argument("--blending-heads", type=int, metavar="N", help="(default: 8)")
     told.add_argument("--predictor-heads", type=int, metavar="N", help="(default: 2)")
     told.add_argument(
         "--max-dynamic", type=int, metavar="N", help="most patches of a molecule (default: 64)"
     )
+    told.add_argument("--mora-rank", type=int, metavar="R", help="of adapters (default: 64)")
+    told.add_argument("--mora-types", metavar="KINDS", help="that have them (default: qkvom)")
+    told.add_argument(
+        "--mora-every", type=int, metavar="N", help="which layers have them (default: 4)"
+    )
+    told.add_argument("--mora-alpha", type=float, metavar="A", help="scales them (default: R)")
     told.add_argument(
         "--prefix", help="of names with --to released: '', model. or mol_llama. (default: as found)"
     )
@@ -136,7 +145,7 @@ def _check_places(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    from edt_former.released import Options, Told, to_ours, to_released
+    from edt_former.released import GeneratorSizes, Options, Told, to_ours, to_released
 
     with_language_model = not args.no_language_model
     if args.to == RELEASED:
@@ -144,6 +153,8 @@ def _plan(args: argparse.Namespace) -> Plan:
             raise ValueError(f"--prefix must be '', model. or mol_llama., got {args.prefix}")
         return to_released(args.source, prefix=args.prefix, language_model=with_language_model)
     sizes = {n: getattr(args, n) for n in ("heads", "blending_heads", "max_dynamic")}
+    adapters = {n: getattr(args, f"mora_{n}") for n in ("rank", "types", "every", "alpha")}
+    adapters["heads"] = args.heads
     options = Options(
         Told(**{name: size for name, size in sizes.items() if size is not None}),
         moleculestm=args.moleculestm,
@@ -152,6 +163,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         predictor=args.predictor,
         predictor_heads=args.predictor_heads,
         lora_alpha=args.lora_alpha,
+        generator=GeneratorSizes(**{n: x for n, x in adapters.items() if x is not None}),
         allow_missing=tuple(args.allow_missing or ()),
         allow_unexpected=tuple(args.allow_unexpected or ()),
     )

@@ -55,7 +55,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="known drugs, accuracy and speed; or the molecules of a file",
         description="Ask the shipped model about eight known drugs, measure how often it is right "
         "on drugs that no training step has seen, and how fast the connector is. With a file "
-        "(.smi, .txt, .csv, .tsv, .gz), ask about its molecules. Write an HTML page of it all.",
+        "(.smi, .txt, .csv, .tsv, .gz), ask about its molecules. Write an HTML page of it all. "
+        "Beside it stands how every shipped connector did on the whole list of held-out drugs.",
         epilog="example: edt demo molecules.csv --out answers.csv",
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="SMILES to ask about")
@@ -64,6 +65,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--sample", type=int, default=100, metavar="N", help="held-out drugs to ask about"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="ask every shipped connector about the sample, in the place of what was recorded",
+    )
     parser.add_argument("--rows", type=int, default=20, help="rows of FILE to print and to draw")
     parser.add_argument("--out", type=Path, metavar="CSV", help="write all rows of FILE")
     parser.add_argument(
@@ -128,6 +134,10 @@ def _measure(args: argparse.Namespace) -> int:
     results = _accuracies(model, connector, molecules)
     accuracy = show(accuracy_section(results, count=len(drawn), listed=len(listed)))
     lap("accuracy")
+    compared = _connectors(args, molecules, dict(drawn), len(listed))
+    if compared is not None:
+        show(compared)
+        lap("connectors")
     speeds = _speeds(model, [smiles for _, smiles in listed[:SPEED_BATCH]])
     speed = show(speed_section(speeds, molecules=SPEED_BATCH))
     lap("speed")
@@ -137,7 +147,7 @@ def _measure(args: argparse.Namespace) -> int:
     print(f"{times[-1] - times[0]:.0f} s: {told}")
     if not args.no_report:
         speed = replace(speed, cards=[speed_card(speeds)])
-        sections = [answers, accuracy, speed]
+        sections = [s for s in (answers, accuracy, compared, speed) if s is not None]
         _write_page(args, model, "What the shipped model can do", sections, rows, facts)
     return 0
 
@@ -166,6 +176,37 @@ def _accuracies(
     truth = np.stack([answer_ids(molecule) for molecule in molecules])
     results = compare(model, molecules, truth, Guesses.from_json(manifest()["guesses"]))
     return {f"{connector}, frozen language model": results.pop("model"), **results}
+
+
+def _connectors(
+    args: argparse.Namespace, molecules: Sequence[Molecule], drawn: dict[str, str], listed: int
+) -> Section | None:
+    """Every shipped connector: as recorded on the whole list, or asked now about the sample."""
+    from edt_former.report.sections import connectors_section
+    from edt_former.shipped import connectors, load, manifest
+    from edt_former.tasks.accuracy import Accuracy
+
+    if args.compare:
+        found = {}
+        for name in connectors():
+            model = load(name)
+            if model.processor.conformers is not None:
+                _place(model, molecules)
+            found[name] = next(iter(_accuracies(model, name, molecules).values()))
+        asked = f"the {len(drawn)} drugs of the sample"
+    else:
+        recorded = manifest().get("accuracy", {})
+        shipped = set(connectors())
+        found = {
+            name: {kind: Accuracy(**a) for kind, a in result["known drugs"]["model"].items()}
+            for name, result in recorded.items()
+            if name in shipped
+        }
+        asked = f"all {listed} held-out drugs, as recorded when they were made"
+    if not found:
+        return None
+    reads = {name: encoder_of(name) for name in found}
+    return connectors_section(found, reads, asked=asked)
 
 
 def _speeds(model: MoleculeLM, smiles: Sequence[str]) -> list[Speed]:

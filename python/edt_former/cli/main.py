@@ -11,9 +11,11 @@ from importlib import import_module
 from types import ModuleType
 
 COMMANDS = (
-    *("convert", "demo", "describe", "doctor", "eval", "inspect", "patch", "prepare", "profile"),
-    "train",
+    *("contest", "convert", "demo", "describe", "doctor", "eval", "eval forgetting", "inspect"),
+    *("inspect oversmoothing", "patch", "prepare", "prepare conversations", "profile"),
+    *("review conversations", "train"),
 )
+"""A file of this folder each, a blank in the name being an underscore in the file's."""
 MENDABLE = (ValueError, TypeError, OSError, EOFError, RuntimeError, ImportError, csv.Error)
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment in which transformers, imported later, loads models without a word."""
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         _command(name).add(commands)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -47,9 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the two words of a command as one."""
+    words = " ".join(arguments[:2])
+    return [words, *arguments[2:]] if words in COMMANDS else list(arguments)
+
+
 def _command(name: str) -> ModuleType:
     """The module of a command; what it needs is imported when it runs, so that help is instant."""
-    return import_module(f"edt_former.cli.{name}")
+    return import_module(f"edt_former.cli.{name.replace(' ', '_')}")
 
 
 if __name__ == "__main__":

@@ -363,11 +363,7 @@ class QFormer(Connector):
         if options.llm_width is not None:
             self.llm_proj = nn.Linear(options.width, options.llm_width)
         if options.sum_tokens:
-            self.sum_mlp = nn.Sequential(
-                nn.Linear(options.encoder_width, options.encoder_width),
-                nn.GELU(),
-                nn.Linear(options.encoder_width, options.sum_tokens * options.encoder_width),
-            )
+            self.sum_mlp = make_sum_mlp(options.encoder_width, options.sum_tokens)
         self.apply(_initialise)
         nn.init.normal_(self.query_tokens, std=0.02)
 
@@ -385,7 +381,7 @@ class QFormer(Connector):
     def queries(self, features: GraphFeatures, patches: Mapping[str, Patches]) -> Rows:
         """The queries of every molecule, as they enter the transformer."""
         anchors = self.anchors().expand(len(features.offsets) - 1, -1, -1)
-        return Rows(anchors.flatten(0, 1), _every(features.offsets, anchors.shape[1]))
+        return Rows(anchors.flatten(0, 1), every(features.offsets, anchors.shape[1]))
 
     def anchors(self) -> Tensor:
         """The learned queries [A, width] that every molecule gets."""
@@ -413,24 +409,50 @@ class QFormer(Connector):
 
     def keys(self, features: GraphFeatures) -> Rows:
         """What cross-attention reads: [mean; sums; atoms] of every molecule."""
-        atoms, offsets = self.ln_graph(features.values), features.offsets
-        parts, cuts = [], []
-        if self.options.graph_token:
-            mean = edt_kernels.segment_pool(features.values, offsets, reduce="mean")
-            parts.append(self.ln_graph(mean))
-            cuts.append(_every(offsets, 1))
-        if count := self.options.sum_tokens:
-            counts = edt_kernels.segment_pool(self.sum_mlp(features.values), offsets, reduce="sum")
-            sums = (counts / ATOMS_PER_UNIT).unflatten(1, (count, -1)).flatten(0, 1)
-            parts.append(sums.to(atoms.dtype))
-            cuts.append(_every(offsets, count))
-        return Rows(*edt_kernels.ragged_cat([*parts, atoms], [*cuts, offsets]))
+        return atom_keys(
+            features,
+            self.ln_graph,
+            graph_token=self.options.graph_token,
+            sum_mlp=self.sum_mlp if self.options.sum_tokens else None,
+            sum_tokens=self.options.sum_tokens,
+        )
 
     def token_counts(self, patch_counts: Mapping[str, list[int]], num_molecules: int) -> list[int]:
         """The anchors of every molecule."""
         return [self.num_anchors] * num_molecules
 
 
-def _every(offsets: Tensor, count: int) -> Tensor:
+def make_sum_mlp(width: int, sum_tokens: int) -> nn.Sequential:
+    """The MLP whose outputs are summed over the atoms of a molecule, see `atom_keys`."""
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, sum_tokens * width))
+
+
+def atom_keys(
+    features: GraphFeatures,
+    normalise: nn.Module,
+    *,
+    graph_token: bool,
+    sum_mlp: nn.Module | None,
+    sum_tokens: int,
+) -> Rows:
+    """What queries read of every molecule: [mean; sums; atoms], the first two if they are wanted.
+
+    The mean and the atoms are normalised, the `sum_tokens` sums of `sum_mlp`(atoms) / 16 are not.
+    """
+    atoms, offsets = normalise(features.values), features.offsets
+    parts, cuts = [], []
+    if graph_token:
+        mean = edt_kernels.segment_pool(features.values, offsets, reduce="mean")
+        parts.append(normalise(mean))
+        cuts.append(every(offsets, 1))
+    if sum_tokens:
+        counts = edt_kernels.segment_pool(sum_mlp(features.values), offsets, reduce="sum")
+        sums = (counts / ATOMS_PER_UNIT).unflatten(1, (sum_tokens, -1)).flatten(0, 1)
+        parts.append(sums.to(atoms.dtype))
+        cuts.append(every(offsets, sum_tokens))
+    return Rows(*edt_kernels.ragged_cat([*parts, atoms], [*cuts, offsets]))
+
+
+def every(offsets: Tensor, count: int) -> Tensor:
     """Offsets of as many molecules with `count` rows each."""
     return count * torch.arange(offsets.shape[0], dtype=offsets.dtype, device=offsets.device)

@@ -108,7 +108,16 @@ class Blended(GraphEncoder):
         Raises:
             ValueError: the batch has no coordinates.
         """
-        flat, spatial = self.views(batch)
+        return self._joined(*self.views(batch), batch)
+
+    def levels(self, batch: GraphBatch) -> list[GraphFeatures]:
+        """[2D; 3D] as projected, then after each block of the blending; `layers + 1` in all."""
+        pairs = self.blending_module.levels(self.flat(batch), self.spatial(batch))
+        return [self._joined(*pair, batch) for pair in pairs]
+
+    def _joined(
+        self, flat: GraphFeatures, spatial: GraphFeatures, batch: GraphBatch
+    ) -> GraphFeatures:
         if not self.special_tokens:
             flat, spatial = (_atoms_alone(view, batch) for view in (flat, spatial))
         molecule = owners(batch.offsets, batch.num_atoms)
@@ -229,7 +238,7 @@ class _Unit(nn.Module):
 
 def _with_mean(features: GraphFeatures) -> GraphFeatures:
     """[mean of the atoms, atoms] of every molecule."""
-    atoms, offsets, _ = features
+    atoms, offsets = features.values, features.offsets
     mean = edt_kernels.segment_pool(atoms, offsets, reduce="mean")
     every = torch.arange(len(offsets), device=offsets.device)
     values, bounds = edt_kernels.ragged_cat([mean, atoms], [every, offsets])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-from edt_former.graph.batch import OGB, GraphBatch
+from edt_former.graph.batch import FEATURE_SCHEMES, OGB, GraphBatch, MotifFeatures
 
 if TYPE_CHECKING:
     from typing import Self
@@ -27,11 +27,16 @@ class GraphFeatures(NamedTuple):
         views: one int64 [N] per view: row i of `values[view]` is atom i of the batch, so
             `values[view]` has the batch's own offsets and a patch's atoms are the same rows in
             every view. None: one view, `values` are the atoms.
+        levels: per level of the encoder, from what the atoms begin with to `values`, rows [R, D]
+            like `values`; None where nobody asked for them (`GraphEncoder.with_levels`).
+        motifs: of the molecules, None where the batch has none.
     """
 
     values: Tensor
     offsets: Tensor
     views: tuple[Tensor, ...] | None = None
+    levels: tuple[Tensor, ...] | None = None
+    motifs: MotifFeatures | None = None
 
     def atoms(self) -> tuple[Tensor, ...]:
         """The atoms [N, D] of every view.
@@ -67,9 +72,23 @@ class GraphEncoder(nn.Module):
         super().__init__()
         self.frozen = False
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Features per atom and per bond."""
+        return FEATURE_SCHEMES[self.features]
+
     @abstractmethod
     def forward(self, batch: GraphBatch) -> GraphFeatures:
         """Features of the atoms, [N, width] or more rows; see `GraphFeatures`."""
+
+    @abstractmethod
+    def levels(self, batch: GraphBatch) -> list[GraphFeatures]:
+        """Features of every level, the last those of `forward`; all have the same rows."""
+
+    def with_levels(self, batch: GraphBatch) -> GraphFeatures:
+        """As `forward`, with the rows of all levels beside those of the last."""
+        levels = self.levels(batch)
+        return levels[-1]._replace(levels=tuple(level.values for level in levels))
 
     def check_features(self, batch: GraphBatch) -> None:
         """Refuses a batch of another scheme of features: its numbers mean something else.
@@ -110,6 +129,9 @@ def register_encoder(name: str) -> Callable[[type[GraphEncoder]], type[GraphEnco
         ...
         ...     def forward(self, batch: GraphBatch) -> GraphFeatures:
         ...         return GraphFeatures(self.embedding(batch.elements), batch.offsets)
+        ...
+        ...     def levels(self, batch: GraphBatch) -> list[GraphFeatures]:
+        ...         return [self(batch)]
         >>> make_encoder({"name": "elements", "width": 4}).width
         4
     """

@@ -61,6 +61,11 @@ class GIN(GraphEncoder):
         }
         self.molecule_node_model = _NodeModel(layers, width, atom_tables, bond_tables, dropout)
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Features per atom and per bond."""
+        return len(self.config["atom_tables"]), len(self.config["bond_tables"])
+
     def forward(self, batch: GraphBatch) -> GraphFeatures:
         """The last layer's atom features [N, width]."""
         return self.levels(batch)[-1]

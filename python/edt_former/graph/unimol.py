@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -119,7 +121,21 @@ class UniMol(GraphEncoder):
             ValueError: the batch has no coordinates.
         """
         tokens = self._tokens(batch)
-        values = self.encoder(self.embed_tokens(tokens.ids), tokens.offsets, self._bias(tokens))
+        last = deque(self._levels(tokens), maxlen=1).pop()
+        return self._features(last, tokens, batch)
+
+    def levels(self, batch: GraphBatch) -> list[GraphFeatures]:
+        """Features of every level: the embedded symbols, then each layer's; `layers + 1` in all.
+
+        The last passes the LayerNorm that ends the encoder, as it does in `forward`.
+        """
+        tokens = self._tokens(batch)
+        return [self._features(values, tokens, batch) for values in self._levels(tokens)]
+
+    def _levels(self, tokens: _Tokens) -> Iterator[Tensor]:
+        return self.encoder(self.embed_tokens(tokens.ids), tokens.offsets, self._bias(tokens))
+
+    def _features(self, values: Tensor, tokens: _Tokens, batch: GraphBatch) -> GraphFeatures:
         if self.special_tokens:
             return GraphFeatures(values, tokens.offsets, (tokens.atoms,))
         return GraphFeatures(values.index_select(0, tokens.atoms), batch.offsets)
@@ -220,11 +236,13 @@ class _Encoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, bias: Tensor) -> Iterator[Tensor]:
+        """The rows [R, width] of every level, one after another."""
         x = self.dropout(self.emb_layer_norm(x))
         for layer in self.layers:
+            yield x
             x, bias = layer(x, offsets, bias, hand_on=layer is not self.layers[-1])
-        return self.final_layer_norm(x)
+        yield self.final_layer_norm(x)
 
 
 class _Layer(nn.Module):

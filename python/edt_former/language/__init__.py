@@ -7,11 +7,16 @@ from edt_former.language.frozen import (
     read_weights,
     save_part,
 )
+from edt_former.language.instance_adapters import InstanceAdapters
 from edt_former.language.prompt import ask, plain_prompt, render
+from edt_former.language.sites import connector_options, find_sites
 
 __all__ = [
+    "InstanceAdapters",
     "ask",
+    "connector_options",
     "content_hash",
+    "find_sites",
     "input_scale",
     "load_part",
     "plain_prompt",

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edt_former.language.adapters import base_of, plain_state
-from edt_former.weights import WEIGHTS
+from edt_former.weights import SHARED, WEIGHTS, shared_folders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +68,8 @@ def module_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def read_weights(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of every safetensors file in `folder`, one at a time.
 
+    Those that it shares with other folders come last, see `edt_former.weights.shared_folders`.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a file is damaged.
@@ -82,6 +84,56 @@ def read_weights(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged: {error}") from error
+    for prefix, shared in shared_folders(folder).items():
+        yield from ((prefix + name, tensor) for name, tensor in read_weights(shared))
+
+
+def share_weights(folder: Path | str, shared: Mapping[str, Path | str]) -> None:
+    """Takes weights out of a part's file that other folders hold, and notes where they are.
+
+    The part is read as before, and has the same hash.
+
+    Args:
+        folder: of the part.
+        shared: by what stands before the names of the weights, the folder that holds them.
+
+    Raises:
+        ValueError: the weights there have other names or bits.
+
+    Example:
+        >>> import tempfile
+        >>> from edt_former.graph import make_encoder
+        >>> encoder = make_encoder({"name": "gin", "layers": 1, "width": 8})
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     flat, whole = Path(root, "flat"), Path(root, "whole")
+        ...     save_part(encoder, flat)
+        ...     pair = nn.ModuleDict({"one": encoder, "two": nn.Linear(1, 1)})
+        ...     pair.config = {}
+        ...     save_part(pair, whole)
+        ...     share_weights(whole, {"one.": flat})
+        ...     (whole / "shared.json").read_text().split()
+        ['{', '"one.":', '"../flat"', '}']
+    """
+    folder = Path(folder)
+    own = dict(read_weights(folder))
+    for prefix, other in shared.items():
+        theirs = {prefix + name: tensor for name, tensor in read_weights(other)}
+        mine = {name for name in own if name.startswith(prefix)}
+        different = sorted(mine ^ theirs.keys()) or [
+            name for name in sorted(mine) if not _same_bits(own[name], theirs[name])
+        ]
+        if different:
+            raise ValueError(
+                f"{folder} and {other} must share their weights, {different[0]} differs"
+            )
+        own = {name: tensor for name, tensor in own.items() if name not in mine}
+    write_weights(folder / WEIGHTS, own, None)
+    places = {prefix: os.path.relpath(other, folder) for prefix, other in shared.items()}
+    write_json(folder / SHARED, {p: Path(where).as_posix() for p, where in places.items()})
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def save_part(module: nn.Module, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
@@ -101,6 +153,7 @@ def save_part(module: nn.Module, folder: Path | str, *, dtype: torch.dtype | Non
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / SHARED).unlink(missing_ok=True)
     write_json(folder / CONFIG, module.config)
     write_weights(folder / WEIGHTS, module.state_dict(), dtype)
 

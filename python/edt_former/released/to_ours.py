@@ -22,6 +22,7 @@ from edt_former.language.frozen import CONFIG, content_hash, load_part, read_wei
 from edt_former.language.manifest import FrozenPart, Manifest
 from edt_former.processor import TOKENIZER_FILE, MoleculeProcessor, load_tokenizer
 from edt_former.released import lora
+from edt_former.released.mora import GeneratorSizes, from_generator, prefix_of
 from edt_former.released.plan import Comparison, Plan, compare, initial, refuse, shapes_of
 from edt_former.released.predictor import from_gpt2, is_gpt2, is_predictor
 from edt_former.released.sizes import Told, connector_config, graph_config, has_text
@@ -60,6 +61,7 @@ class Options:
         predictor: the next-atom predictor, a GPT-2 or a folder of ours; needed by a whole model.
         predictor_heads: its attention heads, see `from_gpt2`.
         lora_alpha: of adapters in the language model, which are merged with it.
+        generator: sizes of MoRA's weight generator, where the source is one.
         allow_missing, allow_unexpected: patterns of names in the source; what is missing is then
             initialised anew, what is unexpected is left out.
     """
@@ -71,6 +73,7 @@ class Options:
     predictor: Path | None = None
     predictor_heads: int | None = None
     lora_alpha: float | None = None
+    generator: GeneratorSizes = field(default_factory=GeneratorSizes)
     allow_missing: tuple[str, ...] = ()
     allow_unexpected: tuple[str, ...] = ()
 
@@ -115,7 +118,8 @@ def to_ours(source: Path, options: Options, *, language_model: bool = True) -> P
       `RepresentationLearning.from_pretrained` reads the folder;
     * a whole model: a checkpoint for `MoleculeLM.from_pretrained`, with its frozen parts; without
       `language_model`, the folders of an encoder;
-    * the GPT-2 of the next-atom predictor: a folder for `load_part(NextAtomPredictor, ...)`.
+    * the GPT-2 of the next-atom predictor: a folder for `load_part(NextAtomPredictor, ...)`;
+    * the weight generator of MoRA: `connector/`, see `edt_former.released.mora`.
 
     Beside them, `released/` keeps what the file holds and no part reads, and how it spells names.
     Tensors keep their dtype.
@@ -132,6 +136,8 @@ def to_ours(source: Path, options: Options, *, language_model: bool = True) -> P
     weights = open_weights(source)
     if is_gpt2(weights):
         return from_gpt2(source, heads=options.predictor_heads)
+    if prefix_of(weights) is not None:
+        return from_generator(source, options.generator)
     tree = read_tree(weights)
     _add_encoders(source, tree, options)
     _check_copies(source, tree)

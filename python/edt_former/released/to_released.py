@@ -16,6 +16,7 @@ from edt_former.connectors import make_connector
 from edt_former.graph import make_encoder
 from edt_former.language.frozen import CONFIG
 from edt_former.language.manifest import MANIFEST, Manifest
+from edt_former.released.mora import is_generator, to_generator
 from edt_former.released.plan import Plan, compare, refuse, shapes_of
 from edt_former.released.predictor import is_predictor, to_gpt2
 from edt_former.released.to_ours import empty_language_model, new_heads
@@ -47,7 +48,8 @@ def to_released(source: Path, *, prefix: str | None = None, language_model: bool
 
     Args:
         source: a checkpoint of a `MoleculeLM`, a folder with `graph_encoder/`, `connector/` and
-            perhaps `heads/`, or one of a next-atom predictor, which becomes a GPT-2.
+            perhaps `heads/`, one of a next-atom predictor, which becomes a GPT-2, or one with the
+            `connector/` of MoRA alone.
         prefix: "", "model." or "mol_llama." before every name; None: as in the file that the
             folder was converted from, else "model." for a whole model and "" for an encoder.
         language_model: include the language model where there is one.
@@ -57,6 +59,8 @@ def to_released(source: Path, *, prefix: str | None = None, language_model: bool
     """
     if is_predictor(source):
         return to_gpt2(source)
+    if is_generator(source):
+        return to_generator(source, prefix)
     parts = _Parts(source)
     view = _view(source, parts)
     tree: dict[str, StoredTensor] = {}

@@ -70,6 +70,27 @@ def accuracy_section(
     return Section("Accuracy", text, tables=tables)
 
 
+def connectors_section(
+    results: Mapping[str, Mapping[str, Accuracy]], reads: Mapping[str, str], *, asked: str
+) -> Section:
+    """Accuracies of connectors beside one another, the best first.
+
+    Args:
+        results: by connector and by type of question.
+        reads: what the graph encoder of each reads.
+        asked: about which molecules.
+    """
+    text = (
+        f"Every connector that ships, between frozen parts, right answers on {asked}, mean over "
+        f"{len(QUESTION_TYPES)} types of question [95 % interval]:"
+    )
+    ranked = sorted(results, key=lambda name: -results[name]["macro"].value)
+    header = ["connector", "graph encoder reads", "right", "functional groups", "rings"]
+    kinds = ("macro", "functional groups", "ring count")
+    lines = [(name, reads[name], *(results[name][kind] for kind in kinds)) for name in ranked]
+    return Section("Connectors", text, tables=[(header, lines)])
+
+
 def speed_section(speeds: Sequence[Speed], *, molecules: int) -> Section:
     """Times of connectors over a batch of so many drugs."""
     threads = torch.get_num_threads()

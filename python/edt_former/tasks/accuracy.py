@@ -30,6 +30,16 @@ class Accuracy:
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    @classmethod
+    def of(cls, samples: np.ndarray) -> Accuracy:
+        """From a value and its resamples behind it.
+
+        >>> print(Accuracy.of(np.array([0.5, 0.4, 0.6])))
+        0.500 [0.405, 0.595]
+        """
+        low, high = np.percentile(samples[1:], [2.5, 97.5])
+        return cls(float(samples[0]), float(low), float(high))
+
 
 def accuracies(
     answered: np.ndarray, truth: np.ndarray, *, resamples: int = 1000, seed: int = 0
@@ -53,6 +63,21 @@ def accuracies(
     >>> accuracies(truth, truth)["macro"].value
     1.0
     """
+    samples = resampled_accuracies(answered, truth, resamples=resamples, seed=seed)
+    return {name: Accuracy.of(values) for name, values in samples.items()}
+
+
+def resampled_accuracies(
+    answered: np.ndarray, truth: np.ndarray, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """As `accuracies`, but for each type the value and its resamples, [1 + resamples].
+
+    Resamples of one seed draw the same molecules, so differences between two models are paired.
+
+    >>> truth = np.zeros((4, len(FACTS)), dtype=int)
+    >>> resampled_accuracies(truth, truth, resamples=3)["macro"].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
     if answered.shape != truth.shape or truth.shape[1:] != (len(FACTS),) or len(truth) == 0:
         raise ValueError(
             f"answered and truth must have shape [M, {len(FACTS)}] with M >= 1, "
@@ -72,7 +97,7 @@ def accuracies(
         share = balanced if FACTS[columns[0]].kind == "group" else plain
         by_type[name] = np.nanmean(share[:, columns], axis=1)
     by_type["macro"] = np.mean(list(by_type.values()), axis=0)
-    return {name: _interval(samples) for name, samples in by_type.items()}
+    return by_type
 
 
 def _balanced(weights: np.ndarray, right: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -86,11 +111,6 @@ def _balanced(weights: np.ndarray, right: np.ndarray, truth: np.ndarray) -> np.n
         )
     one_alone = np.where(np.isnan(shares[0]), shares[1], shares[0])
     return np.where(np.isnan(shares[0] + shares[1]), one_alone, (shares[0] + shares[1]) / 2)
-
-
-def _interval(samples: np.ndarray) -> Accuracy:
-    low, high = np.percentile(samples[1:], [2.5, 97.5])
-    return Accuracy(float(samples[0]), float(low), float(high))
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ def _language_trainer(config: FinetuneConfig, model: MoleculeLM, out: Path) -> C
 
 def _property_trainer(config: FinetuneConfig, model: MoleculeLM, out: Path) -> ConnectorTrainer:
     """Trains a head on the connector's tokens; the language model is let go."""
+    if model.connector.adapts:
+        raise ValueError(
+            f"a head reads tokens, the connector of {config.model} makes adapters: give lora or "
+            "train_connector alone"
+        )
     wants, validation = ("targets", "molecule"), None
     data = PreparedData(config.data.train, wants=wants)
     if config.data.validation:

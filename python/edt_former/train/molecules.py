@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from edt_former.chem import motif_features
 from edt_former.connectors import Connector
 from edt_former.data import PreparedData, Row
 from edt_former.graph import GraphBatch, GraphEncoder
@@ -33,6 +34,7 @@ class MoleculeBatch:
     ) -> None:
         self.features, self.spatial = graph_encoder.features, graph_encoder.needs_coordinates
         self.options, hashed = connector.patch_options, module_hash(predictor)
+        self.reads_motifs = connector.reads_motifs
         sets = [one for one in data if one is not None]
         self.stored = bool(sets) and all(one.has_patches(self.options, hashed) for one in sets)
         self.predictor = None if self.stored else predictor
@@ -52,7 +54,8 @@ class MoleculeBatch:
                     "the graph encoder reads coordinates, the data have none: prepare them with "
                     "--conformers"
                 )
-        graph = GraphBatch.pack(molecules, places, features=self.features)
+        motifs = motif_features(molecules) if self.reads_motifs else None
+        graph = GraphBatch.pack(molecules, places, features=self.features, motifs=motifs)
         if not self.stored:
             return graph, find_patch_sets(molecules, graph, self.options, self.predictor)
         sets = {

@@ -94,7 +94,7 @@ class PropertyModel(nn.Module):
     def scores(self, graph: GraphBatch, patches: PatchSets) -> Tensor:
         """[B, targets]: standardised values, or logits of "yes"."""
         device = next(self.head.parameters()).device
-        features = self.graph_encoder(graph.to(device))
+        features = self.connector.read_graph(self.graph_encoder, graph.to(device))
         tokens = self.connector(features, dict(patches.to(device)))
         return self.head(edt_kernels.segment_pool(tokens.values, tokens.offsets).float())
 

@@ -1,4 +1,4 @@
-"""The second stage: a frozen language model learns to read the connector's tokens."""
+"""The second stage: a connector learns to let a frozen language model read molecules."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from edt_former.checkpoint import local_folder, part_in
 from edt_former.connectors import Connector, make_connector
 from edt_former.data import PreparedData
 from edt_former.graph import GraphEncoder
+from edt_former.language import connector_options
 from edt_former.language.frozen import CONFIG, load_strictly, read_json, read_weights
 from edt_former.model import MoleculeLM
 from edt_former.processor import load_tokenizer
@@ -76,10 +77,10 @@ def build_model(config: Stage2Config) -> MoleculeLM:
     language_model = read_language_model(language_folder, config.training)
     encoder_folder = part_folder(GRAPH_ENCODER, config.graph_encoder, stage1)
     encoder = read_graph_encoder(encoder_folder)
-    width = language_model.get_input_embeddings().embedding_dim
     if stage1 is None:
-        connector = new_connector(config.connector, encoder, width)
+        connector = new_connector(config.connector, encoder, language_model)
     else:
+        width = language_model.get_input_embeddings().embedding_dim
         connector = carry_connector(stage1 / CONNECTOR, width)
     predictor, predictor_folder = needed_predictor(
         connector.patch_options, lambda: part_folder(PREDICTOR, config.predictor, stage1)
@@ -106,14 +107,17 @@ def read_language_model(folder: Path, training: TrainingConfig) -> PreTrainedMod
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
 
 
-def new_connector(options: dict, encoder: GraphEncoder, llm_width: int) -> Connector:
+def new_connector(
+    options: dict, encoder: GraphEncoder, language_model: PreTrainedModel
+) -> Connector:
     """A connector with random weights between `encoder` and a language model.
 
     Raises:
-        ValueError: an unknown name or option.
+        ValueError: an unknown name or option; the language model has no place for adapters.
     """
+    decided = connector_options(options, language_model)
     try:
-        return make_connector({**options, "encoder_width": encoder.width, "llm_width": llm_width})
+        return make_connector({**decided, "encoder_width": encoder.width})
     except TypeError as error:
         raise ValueError(f"connector: {error}") from error
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import trange
 from transformers import PreTrainedModel
 
-from edt_former.connectors import Connector, make_connector
+from edt_former.chem import motif_features
+from edt_former.connectors import Connector, MoleculeTokens, make_connector
+from edt_former.graph.batch import MotifFeatures
 from edt_former.graph.encoder import GraphEncoder, GraphFeatures
+from edt_former.language import InstanceAdapters, connector_options
 from edt_former.tasks.questions import FACTS, QUESTION_TYPES
 from edt_former.tokens import NextAtomPredictor, PatchOptions
 from edt_former.train.tiny.data import MoleculeTable, gather_ranges
@@ -25,10 +30,34 @@ from edt_kernels import Patches
 SIZES = {"width": 128, "layers": 3, "heads": 4, "ffn": 512, "dropout": 0.0, "sum_tokens": 4}
 """Of every connector; all have the sums over atoms, without which none can count."""
 
+ADAPTERS = {
+    **{"name": "mora", "types": "om", "every": 1, "rank": 16, "separate": False},
+    **{"head": "factorised", "factors": 24, "width": 64, "layers": 2, "heads": 4, "ffn": 128},
+    **{"graph_norm": True, "graph_token": True, "sum_tokens": 2},
+}
+"""Of MoRA."""
+
+ADAPTER_RATE = 2e-3
+
+LEVELS = {
+    **{"name": "llamo", "level_queries": 4, "motif_queries": 4, "width": 96, "heads": 4},
+    **{"depth": 2, "sum_tokens": 1},
+}
+"""Of LLaMo, whose queries read each a level of the graph encoder, or motifs."""
+
+LEVELS_AT_A_TIME = 512
+"""Molecules."""
+
 ANCHORS = 32
 """Learned queries of EDT-Former, and of the smaller static Q-Former."""
 
 PATCHES = PatchOptions(sources=("entropy",), rule="local_max")
+
+
+def level_config(encoder: GraphEncoder, num_levels: int, llm_width: int) -> dict:
+    """LLaMo on the levels of `encoder`."""
+    widths = {"encoder_width": encoder.width, "llm_width": llm_width}
+    return {**LEVELS, **widths, "num_levels": num_levels}
 
 
 def connector_configs(encoder_width: int, llm_width: int, equal_tokens: int) -> dict[str, dict]:
@@ -41,6 +70,23 @@ def connector_configs(encoder_width: int, llm_width: int, equal_tokens: int) -> 
         f"qformer_{ANCHORS}": {"name": "qformer", **common, "num_queries": ANCHORS},
         f"qformer_{equal_tokens}": {"name": "qformer", **common, "num_queries": equal_tokens},
     }
+
+
+def adapter_config(encoder_width: int, language_model: PreTrainedModel) -> dict:
+    """MoRA on a graph encoder and a language model."""
+    return {**connector_options(ADAPTERS, language_model), "encoder_width": encoder_width}
+
+
+class Features(Protocol):
+    """What the frozen parts say of M molecules, and the truths about them."""
+
+    answers: np.ndarray
+
+    def __len__(self) -> int:
+        """M."""
+
+    def batch(self, rows: np.ndarray) -> tuple[GraphFeatures, dict[str, Patches]]:
+        """Features and patches of the molecules of `rows`, in that order."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +144,64 @@ class FeatureTable:
         return features, {"entropy": patches}
 
 
+class GraphTable:
+    """What a frozen encoder says of M molecules, computed when it is asked for; no patches.
+
+    Args:
+        table: the molecules.
+        encoder: frozen.
+    """
+
+    def __init__(self, table: MoleculeTable, encoder: GraphEncoder) -> None:
+        self.table, self.encoder, self.answers = table, encoder, table.answers
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @torch.no_grad()
+    def batch(self, rows: np.ndarray) -> tuple[GraphFeatures, dict[str, Patches]]:
+        """Features of the molecules of `rows`."""
+        return self.encoder(self.table.batch(rows)), {}
+
+
+class LevelTable:
+    """What every level of a frozen encoder says of M molecules, and their motifs, computed once.
+
+    Args:
+        table: the molecules.
+        encoder: frozen, with one view of a molecule.
+    """
+
+    @torch.no_grad()
+    def __init__(self, table: MoleculeTable, encoder: GraphEncoder) -> None:
+        self.table, self.answers = table, table.answers
+        motifs: list[np.ndarray] = []
+        levels: list[np.ndarray] = []
+        for first in trange(0, len(table), LEVELS_AT_A_TIME, desc="levels, motifs", unit="batch"):
+            rows = np.arange(first, min(first + LEVELS_AT_A_TIME, len(table)))
+            motifs += motif_features([table.molecule(row) for row in rows])
+            found = encoder.levels(table.batch(rows))
+            levels.append(torch.stack([level.values.half() for level in found]).numpy())
+        self.motifs = MotifFeatures.pack(motifs)
+        self.values = np.concatenate(levels, 1)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of the encoder."""
+        return len(self.values)
+
+    def batch(self, rows: np.ndarray) -> tuple[GraphFeatures, dict[str, Patches]]:
+        """Features of all levels and motifs of the molecules of `rows`; no patches."""
+        atoms, bounds = gather_ranges(self.table.offsets, rows)
+        levels = torch.from_numpy(self.values[:, atoms]).float().unbind()
+        motifs, offsets = gather_ranges(self.motifs.offsets.numpy(), rows)
+        own = MotifFeatures(self.motifs.values[motifs], torch.from_numpy(offsets))
+        return GraphFeatures(levels[-1], torch.from_numpy(bounds), None, levels, own), {}
+
+
 @torch.no_grad()
 def read_features(
     table: MoleculeTable, encoder: GraphEncoder, predictor: NextAtomPredictor, *, batch: int = 512
@@ -118,7 +222,7 @@ def read_features(
 
 def train_connector(
     config: dict,
-    features: FeatureTable,
+    features: Features,
     language_model: PreTrainedModel,
     bank: QuestionBank,
     folder: Path,
@@ -128,12 +232,15 @@ def train_connector(
     seed: int,
     lr: float = 1e-3,
 ) -> Connector:
-    """Teach a connector to write tokens from which the frozen language model answers.
+    """Teach a connector to let the frozen language model answer.
 
     Stage 1 aligns without running the language model: query i of the first `len(FACTS)` learns to
-    write the embeddings of fact i's key and true answer. Stage 2 is the language model's
+    write the embeddings of fact i's key and true answer; of LLaMo, whose queries do not all read
+    the same, any token may write any fact. Stage 2 is the language model's
     cross-entropy on answers, nothing else. Both see the truths of the questions on training
     molecules. Types of question weigh the same, and so do the two truths of a functional group.
+    In stage 1 of MoRA a head, thrown away afterwards, tells the facts from what the generator's
+    queries have read.
 
     Args:
         config: of the connector.
@@ -144,22 +251,27 @@ def train_connector(
         label: names the progress bars and the checkpoints.
         steps: of stage 1 and stage 2.
         seed: of weights and batches.
-        lr: of stage 1; stage 2 takes half.
+        lr: of stage 1; stage 2 takes half. Adapters have `ADAPTER_RATE`.
     """
     torch.manual_seed(seed)
     connector = make_connector(config)
-    align = _Alignment(connector, features, language_model.get_input_embeddings().weight, bank)
+    aligned = {LEVELS["name"]: _FreeAlignment, ADAPTERS["name"]: _Telling}
+    align = aligned.get(config["name"], _Alignment)(
+        connector, features, language_model.get_input_embeddings().weight, bank
+    )
     answer = _Answering(connector, features, language_model, bank)
     for stage, (loss, count) in enumerate(zip((align, answer), steps, strict=True), start=1):
+        rate = ADAPTER_RATE if connector.adapts else lr / stage
         fit(
-            connector,
+            loss if isinstance(loss, nn.Module) else connector,
             loss,
             label=f"{label}, stage {stage}",
             checkpoint=folder / f"{label}.stage{stage}.pt",
             steps=count,
-            lr=lr / stage,
+            lr=rate,
             seed=seed + stage,
         )
+    answer.close()
     return connector.eval().requires_grad_(False)
 
 
@@ -173,7 +285,7 @@ class _Alignment:
     BATCH, SHARPNESS = 64, 3.0
 
     def __init__(
-        self, connector: Connector, features: FeatureTable, embedding: Tensor, bank: QuestionBank
+        self, connector: Connector, features: Features, embedding: Tensor, bank: QuestionBank
     ) -> None:
         self.connector, self.features = connector, features
         columns = torch.arange(bank.answers.shape[1])
@@ -202,20 +314,113 @@ class _Alignment:
         return value, figures
 
 
+class _FreeAlignment(_Alignment):
+    """Stage 1 where any token may write any fact, and none writes two.
+
+    Facts are dealt to tokens by their losses over the batch, softly (`deal`), so that a token which
+    writes a fact a little better than the others comes to write it.
+    """
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = rng.choice(len(self.features), self.BATCH, replace=False)
+        truth = torch.from_numpy(self.features.answers[rows].astype(np.int64))
+        tokens = self.connector(*self.features.batch(rows))
+        written = tokens.values.unflatten(0, (len(rows), -1))
+        norm = self.clean.square().sum(-1)
+        product = torch.einsum("btd,fad->btfa", written, self.clean)
+        distance = written.square().sum(-1)[:, :, None, None] - 2 * product + norm
+        logits = (-self.SHARPNESS * distance).masked_fill(self.impossible, -torch.inf)
+        true = truth[:, None, :, None].expand(-1, logits.shape[1], -1, -1)
+        nats = -logits.log_softmax(-1).gather(-1, true).squeeze(-1)
+        away = distance.gather(-1, true).squeeze(-1) / norm[self.facts, truth][:, None]
+        weight = self.weights[self.facts, truth][:, None]
+        losses = (weight * (nats + away)).sum(0) / weight.sum(0)
+        dealt = deal(losses.detach())
+        value = (weight.sum((0, 1)) * (dealt * losses).sum(0)).sum() / weight.sum()
+        writer = dealt.argmax(0)
+        said = logits.argmax(-1)[:, writer, self.facts]
+        figures = {
+            "nats": nats[:, writer, self.facts].mean().item(),
+            "away": away[:, writer, self.facts].mean().item(),
+            "right": (said == truth).float().mean().item(),
+            "writers": float(len(writer.unique())),
+        }
+        return value, figures
+
+
+def deal(losses: Tensor, *, softness: float = 0.03, rounds: int = 30) -> Tensor:
+    """How much of each fact every token is dealt, [T, F]: columns sum to 1, rows to at most 1.
+
+    The deal that keeps sum(dealt * losses) low, softened by an entropy, by Sinkhorn's rounds over
+    rows and columns (arXiv:1306.0895); tokens that are left over get facts without a loss. Where
+    there are fewer tokens than facts, rows sum to at most F / T, rounded up.
+
+    Args:
+        losses: [T, F], of token t with fact f.
+        softness: of losses, that count as alike.
+        rounds: of scaling.
+
+    >>> dealt = deal(torch.tensor([[0.1, 0.2], [0.5, 1.5], [0.9, 2.0]]))
+    >>> dealt.round().int().tolist()
+    [[0, 1], [1, 0], [0, 0]]
+    """
+    tokens, facts = losses.shape
+    hands = -(-facts // tokens)
+    log, spare = -losses.repeat(hands, 1) / softness, hands * tokens - facts
+    log = F.pad(log, (0, spare), value=float(-losses.mean() / softness))
+    for _ in range(rounds):
+        log = log - log.logsumexp(1, keepdim=True)
+        log = log - log.logsumexp(0, keepdim=True)
+    return log[:, :facts].exp().unflatten(0, (hands, tokens)).sum(0)
+
+
+class _Telling(nn.Module):
+    """Stage 1 of MoRA: cross-entropy of the true answers, by a linear head on the queries."""
+
+    BATCH = 64
+
+    def __init__(
+        self, connector: Connector, features: Features, embedding: Tensor, bank: QuestionBank
+    ) -> None:
+        super().__init__()
+        self.connector, self.features = connector, features
+        self.impossible = torch.arange(bank.answers.shape[1]) >= bank.num_answers[:, None]
+        self.weights = question_odds(features.answers)
+        queries = sum(generator.queries.shape[1] for generator in connector.gen)
+        self.head = nn.Linear(queries * connector.options.width, bank.answers.numel())
+
+    def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = rng.choice(len(self.features), self.BATCH, replace=False)
+        truth = torch.from_numpy(self.features.answers[rows].astype(np.int64))
+        keys = self.connector.keys(self.features.batch(rows)[0])
+        read = torch.cat([generator.read(keys) for generator in self.connector.gen])
+        logits = self.head(read.transpose(0, 1).flatten(1)).unflatten(1, self.impossible.shape)
+        logits = logits.masked_fill(self.impossible, -torch.inf)
+        nats = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none")
+        weight = self.weights[torch.arange(truth.shape[1]), truth]
+        right = (logits.argmax(-1) == truth).float().mean()
+        value = (weight * nats).sum() / weight.sum()
+        return value, {"nats": nats.mean().item(), "right": right.item()}
+
+
 class _Answering:
-    """Stage 2: the language model's answers."""
+    """Stage 2: the language model's answers, from a molecule's tokens or with its adapters."""
 
     BATCH, QUESTIONS = 32, 8
 
     def __init__(
         self,
         connector: Connector,
-        features: FeatureTable,
+        features: Features,
         language_model: PreTrainedModel,
         bank: QuestionBank,
     ) -> None:
         self.connector, self.features = connector, features
         self.language_model, self.bank = language_model, bank
+        self.adapters: InstanceAdapters | None = None
+        if connector.adapts:
+            options = connector.options
+            self.adapters = InstanceAdapters(language_model, options.widths, options.adapted)
         self.odds = question_odds(features.answers).log()
 
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -227,16 +432,25 @@ class _Answering:
         facts = lots.topk(self.QUESTIONS).indices
         chance = torch.from_numpy(rng.random(facts.shape))
         phrasings = (chance * self.bank.num_phrasings[facts]).long()
-        tokens = self.connector(*self.features.batch(rows))
+        made = self.connector(*self.features.batch(rows))
         embedding = self.language_model.get_input_embeddings()
+        tokens, using = made, nullcontext()
+        if self.adapters is not None:
+            none = embedding.weight.new_zeros(0, embedding.embedding_dim)
+            tokens = MoleculeTokens(none, torch.zeros(len(rows) + 1, dtype=torch.int64))
+            using = self.adapters.using(made)
         answers = known.gather(1, facts)
-        packed = pack_questions(
-            embedding, self.bank, tokens.values, tokens.offsets, facts, phrasings, answers
-        )
-        logits, true = reply_logits(self.language_model, packed)
+        packed = pack_questions(embedding, self.bank, *tokens, facts, phrasings, answers)
+        with using:
+            logits, true = reply_logits(self.language_model, packed)
         value = F.cross_entropy(logits.flatten(0, 2), true.flatten())
         right = (logits[:, :, 1].argmax(-1) == true[:, :, 1]).float().mean()
         return value, {"nats": value.item(), "right": right.item()}
+
+    def close(self) -> None:
+        """Leaves the language model as it was."""
+        if self.adapters is not None:
+            self.adapters.remove()
 
 
 def question_odds(answers: np.ndarray) -> Tensor:

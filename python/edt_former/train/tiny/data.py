@@ -6,7 +6,7 @@ import hashlib
 import multiprocessing
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -92,9 +92,42 @@ class MoleculeTable:
     def __len__(self) -> int:
         return len(self.answers)
 
+    @classmethod
+    def of(
+        cls, molecules: Sequence[Molecule], answers: np.ndarray, targets: np.ndarray
+    ) -> MoleculeTable:
+        """A table of `molecules`, of `answers` [M, F] and `targets` [M, T]."""
+
+        def ends(lengths: Iterator[int]) -> np.ndarray:
+            return np.concatenate([[0], np.cumsum(list(lengths))]).astype(np.int64)
+
+        return cls(
+            atom_features=np.concatenate([m.atom_features for m in molecules]).astype(np.uint8),
+            offsets=ends(m.num_atoms for m in molecules),
+            bond_index=np.concatenate([m.bond_index for m in molecules], 1).astype(np.int16),
+            bond_features=np.concatenate([m.bond_features for m in molecules]).astype(np.uint8),
+            bond_ends=ends(m.bond_index.shape[1] for m in molecules),
+            answers=answers,
+            targets=targets,
+            smiles=np.array([m.smiles for m in molecules]),
+        )
+
     def molecules(self, rows: np.ndarray) -> list[Molecule]:
         """The molecules of `rows`, read again from their SMILES."""
         return [read_molecule(self.smiles[row]) for row in rows]
+
+    def molecule(self, row: int) -> Molecule:
+        """The molecule of `row`, from its arrays."""
+        atoms = slice(*self.offsets[row : row + 2])
+        bonds = slice(*self.bond_ends[row : row + 2])
+        features = self.atom_features[atoms].astype(np.int64)
+        return Molecule(
+            smiles=str(self.smiles[row]),
+            atom_features=features,
+            bond_index=self.bond_index[:, bonds].astype(np.int64),
+            bond_features=self.bond_features[bonds].astype(np.int64),
+            order=np.arange(len(features)),
+        )
 
     def take(self, rows: np.ndarray) -> MoleculeTable:
         """A table of the molecules of `rows`, in that order."""
@@ -323,21 +356,9 @@ _MAKE = {"drawn": lambda smiles, _: smiles, "piece": _piece, "pair": _pair, "sal
 
 
 def _table(records: list[dict]) -> MoleculeTable:
-    molecules = [record["molecule"] for record in records]
-
-    def ends(lengths: Iterator[int]) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(list(lengths))]).astype(np.int64)
-
-    return MoleculeTable(
-        atom_features=np.concatenate([m.atom_features for m in molecules]).astype(np.uint8),
-        offsets=ends(m.num_atoms for m in molecules),
-        bond_index=np.concatenate([m.bond_index for m in molecules], 1).astype(np.int16),
-        bond_features=np.concatenate([m.bond_features for m in molecules]).astype(np.uint8),
-        bond_ends=ends(m.bond_index.shape[1] for m in molecules),
-        answers=np.stack([record["answers"] for record in records]),
-        targets=np.stack([record["targets"] for record in records]),
-        smiles=np.array([record["smiles"] for record in records]),
-    )
+    columns = ([record[name] for record in records] for name in ("molecule", "answers", "targets"))
+    molecules, answers, targets = columns
+    return MoleculeTable.of(molecules, np.stack(answers), np.stack(targets))
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from edt_former import shipped
 from edt_former.chem import (
     Conformer,
     ConformerOptions,
@@ -24,9 +26,11 @@ from edt_former.chem import (
     make_conformers,
     read_molecule,
 )
-from edt_former.graph.encoder import GraphEncoder
-from edt_former.language.frozen import write_json
+from edt_former.graph.blending import FLAT, SPATIAL
+from edt_former.graph.encoder import GraphEncoder, make_encoder
+from edt_former.language.frozen import load_part, share_weights, write_json
 from edt_former.model import MoleculeLM
+from edt_former.processor import load_tokenizer
 from edt_former.tasks.accuracy import Guesses
 from edt_former.tasks.evaluation import compare
 from edt_former.tasks.heldout import heldout_molecules
@@ -34,9 +38,15 @@ from edt_former.tasks.questions import FACTS, answer_ids
 from edt_former.tokens import NextAtomPredictor
 from edt_former.train.tiny.conformers import CONFORMERS, TIMEOUT, place
 from edt_former.train.tiny.connector import (
+    ADAPTERS,
     ANCHORS,
-    FeatureTable,
+    LEVELS,
+    Features,
+    GraphTable,
+    LevelTable,
+    adapter_config,
     connector_configs,
+    level_config,
     read_features,
     train_connector,
 )
@@ -59,6 +69,7 @@ STEPS = {
     "reader": 500,
     "stage 1": 2200,
     "stage 2": 300,
+    "MoRA, stage 1": 1000,
 }
 HALF = torch.float16
 """Of the weights on disk. Frozen parts are rounded before anything is trained against them."""
@@ -72,7 +83,9 @@ METHOD = {
     "and to echo the key before the answer; frozen after it passed the gate (see reading)",
     "connectors": "trained from scratch against the same frozen parts, with the truths of the "
     "questions on training molecules, in 3D and both on those with a conformer; stage 1: a query "
-    "per fact learns to write its soft token; stage 2: the language model's loss on answers alone",
+    "per fact learns to write its soft token, LLaMo's by the facts that it is dealt; of MoRA a "
+    "head learns to tell the facts from the queries, and is thrown away; stage 2: the language "
+    "model's loss on answers alone",
 }
 
 TEST_MOLECULES = 300
@@ -130,12 +143,18 @@ def run_recipe(
         "known drugs": _known_drugs(processes),
         "held-out scaffolds": _first(test, TEST_MOLECULES, processes),
     }
-    connectors = _Connectors(out, seed, steps, clock, predictor, guesses, asked)
+    connectors = _Connectors(out, out / "reader", seed, steps, clock, predictor, guesses, asked)
     width = connectors.language_model.config.hidden_size
     configs = connector_configs(encoder.width, width, round(tokens.mean()))
     results = {
         name: connectors.make(name, config, encoder, features) for name, config in configs.items()
     }
+    levels = LevelTable(train, encoder)
+    config = level_config(encoder, levels.num_levels, width)
+    results[config["name"]] = connectors.make(config["name"], config, encoder, levels)
+    config = adapter_config(encoder.width, connectors.language_model)
+    graphs = GraphTable(train, encoder)
+    results[config["name"]] = connectors.make(config["name"], config, encoder, graphs)
 
     with clock("conformers"):
         count = max(2, round(CONFORMERS * scale))
@@ -158,6 +177,13 @@ def run_recipe(
         results[name] = connectors.make(
             name, config, graph_encoder, features, frozen_name=f"graph_encoder_{view}"
         )
+
+    made = out / "shipped"
+    views = {FLAT: "graph_encoder", SPATIAL: "graph_encoder_3d"}
+    share_weights(
+        made / "graph_encoder_both",
+        {f"graph_encoder.{view}.": made / name for view, name in views.items()},
+    )
 
     data_facts = json.loads((out / "data.json").read_text())
     data_facts["conformers"] = {
@@ -183,6 +209,70 @@ def run_recipe(
         "guesses": guesses.to_json(),
     }
     write_json(out / "shipped" / "manifest.json", manifest)
+
+
+def add_connector(
+    data: Path, out: Path, name: str, *, seed: int = 0, processes: int = 2, scale: float = 1.0
+) -> None:
+    """Train one connector on bonds against the frozen parts that ship with the package.
+
+    `out`/shipped gets a copy of what ships and the connector, trained and asked as `run_recipe`
+    would; its accuracies are in the manifest there. A run that was stopped is continued by the same
+    call.
+
+    Args:
+        data: with the next, see `run_recipe`.
+        out: gets checkpoints and results.
+        name: "llamo", "mora", or another connector of the recipe that reads the 2D graph encoder.
+        seed: of the connector and, as of the frozen parts, of the molecules.
+        processes: that read molecules.
+        scale: share of molecules and steps, for a quick trial.
+
+    Raises:
+        FileNotFoundError: a file of SMILES is missing, or the package has no models.
+        ValueError: no such connector; `out` has a run with another name, seed or scale.
+    """
+    made = out / "shipped"
+    out.mkdir(parents=True, exist_ok=True)
+    _same_run(out / "run.json", {"connector": name, "seed": seed, "scale": scale})
+    if not made.exists():
+        partial = out / "shipped.partial"
+        shutil.copytree(shipped.folder(), partial, dirs_exist_ok=True)
+        partial.rename(made)
+    manifest = json.loads((made / "manifest.json").read_text())
+    clock = _Clock(out / "seconds.json")
+    steps = {stage: max(2, round(count * scale)) for stage, count in STEPS.items()}
+    with clock("data"):
+        if not (out / "data.json").exists():
+            prepare(data, out, seed=seed, processes=processes, scale=scale)
+    train, test = MoleculeTable.load(out / "train"), MoleculeTable.load(out / "test")
+    encoder = load_part(make_encoder, made / "graph_encoder").freeze()
+    predictor = load_part(NextAtomPredictor, made / "predictor").eval().requires_grad_(False)
+    asked = {
+        "known drugs": _known_drugs(processes),
+        "held-out scaffolds": _first(test, TEST_MOLECULES, processes),
+    }
+    guesses = Guesses.from_json(manifest["guesses"])
+    language_model = made / "language_model"
+    connectors = _Connectors(out, language_model, seed, steps, clock, predictor, guesses, asked)
+    width = connectors.language_model.config.hidden_size
+    equal = round(manifest["mean tokens of EDT-Former"])
+    configs = connector_configs(encoder.width, width, equal)
+    configs[ADAPTERS["name"]] = adapter_config(encoder.width, connectors.language_model)
+    if name == ADAPTERS["name"]:
+        config, features = configs[name], GraphTable(train, encoder)
+    elif name == LEVELS["name"]:
+        features = LevelTable(train, encoder)
+        config = level_config(encoder, features.num_levels, width)
+    elif name in configs:
+        config, features = configs[name], read_features(train, encoder, predictor)
+    else:
+        known = ", ".join(map(repr, (*configs, LEVELS["name"])))
+        raise ValueError(f"name must be one of {known}, got {name!r}")
+    manifest["accuracy"][name] = connectors.make(name, config, encoder, features, save_frozen=False)
+    manifest["method"] = METHOD
+    manifest["seconds"][name] = clock.seconds[name]
+    write_json(made / "manifest.json", manifest)
 
 
 def _same_run(file: Path, settings: dict) -> None:
@@ -233,6 +323,7 @@ class _Connectors:
     def __init__(
         self,
         out: Path,
+        language_model: Path,
         seed: int,
         steps: dict[str, int],
         clock: _Clock,
@@ -242,11 +333,12 @@ class _Connectors:
     ) -> None:
         self.out, self.seed, self.clock = out, seed, clock
         self.steps = (steps["stage 1"], steps["stage 2"])
+        self.adapter_steps = (steps["MoRA, stage 1"], steps["stage 2"])
         self.predictor, self.guesses, self.asked = predictor, guesses, asked
-        reader = LlamaForCausalLM.from_pretrained(out / "reader")
+        reader = LlamaForCausalLM.from_pretrained(language_model, dtype=torch.float32)
         self.language_model = reader.eval().requires_grad_(False)
         round_weights(self.language_model)
-        self.tokenizer = AutoTokenizer.from_pretrained(out / "reader")
+        self.tokenizer = load_tokenizer(language_model)
         self.bank = QuestionBank.build(self.tokenizer, FACTS)
 
     def make(
@@ -254,9 +346,10 @@ class _Connectors:
         name: str,
         config: dict,
         encoder: GraphEncoder,
-        features: FeatureTable,
+        features: Features,
         *,
         frozen_name: str = "graph_encoder",
+        save_frozen: bool = True,
     ) -> dict[str, dict]:
         """Train a connector, save it beside its frozen parts, ask the saved model.
 
@@ -266,6 +359,7 @@ class _Connectors:
             encoder: frozen.
             features: what it says of the training molecules.
             frozen_name: of its folder.
+            save_frozen: write the frozen parts; else they are there.
 
         Returns:
             See `_evaluate`.
@@ -278,18 +372,18 @@ class _Connectors:
                 self.bank,
                 self.out,
                 label=name,
-                steps=self.steps,
+                steps=self.adapter_steps if config["name"] == ADAPTERS["name"] else self.steps,
                 seed=self.seed,
             )
             round_weights(connector)
         model = MoleculeLM.from_parts(
             self.language_model, encoder, connector, self.predictor, tokenizer=self.tokenizer
         )
-        shipped = self.out / "shipped"
-        saved = shipped / name
+        made = self.out / "shipped"
+        saved = made / name
         names = {"graph_encoder": frozen_name}
         model.save_pretrained(
-            saved, save_frozen=True, frozen_folder=shipped, frozen_names=names, dtype=HALF
+            saved, save_frozen=save_frozen, frozen_folder=made, frozen_names=names, dtype=HALF
         )
         with self.clock("evaluation"):
             return _evaluate(MoleculeLM.from_pretrained(saved), self.guesses, self.asked)
