@@ -71,8 +71,7 @@ def test_every_contender_trains_answers_and_resumes(data, tmp_path, monkeypatch)
     pytest.importorskip("peft", reason="ordinary LoRA needs peft")
     monkeypatch.setattr(contest, "FORM_STEPS", 2)
     monkeypatch.setattr(contest, "BATCH", 4)
-    texts = contest.plain_texts(1)
-    monkeypatch.setattr(contest, "plain_texts", lambda: texts)
+    monkeypatch.setattr(contest, "PLAIN", 3)
     told = []
     options = {"seeds": [0], "steps": 2, "progress": told.append}
     found = contest.run_contest(data, tmp_path, **options)

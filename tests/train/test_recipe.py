@@ -47,6 +47,7 @@ def small():
         sizes = {"width": 16, "layers": 1, "heads": 2, "ffn": 16, "dropout": 0.0, "sum_tokens": 1}
         patch.setattr(connector, "SIZES", sizes)
         patch.setattr(connector._Alignment, "BATCH", 8)
+        patch.setattr(connector._Telling, "BATCH", 8)
         patch.setattr(connector._Answering, "BATCH", 4)
         yield patch
 

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     for name, one in found["properties"].items():
         sizes = ", ".join(f"{count} {part}" for part, count in one["molecules"].items())
         print(f"\n{name}: {sizes}")
-        header = (one["metric"], "", "95 % interval", "trained", "loss on plain text")
+        header = (one["metric"], "", "95 % interval", "trained", "loss on other text")
         print(table(header, [_cells(who, row) for who, row in one["contenders"].items()]))
     print(f"\n{args.out / 'contest.json'}")
     return 0

@@ -29,7 +29,6 @@ from edt_former.language.adapters import is_adapter
 from edt_former.language.frozen import write_json
 from edt_former.model import MoleculeLM
 from edt_former.tasks.forgetting import Forgetting, forgetting
-from edt_former.tasks.questions import FACTS, answer_ids
 from edt_former.train.tiny.connector import ADAPTERS, adapter_config, connector_configs
 from edt_former.train.tiny.loop import fit
 
@@ -39,6 +38,7 @@ CONSTANT = "constant answer"
 RANK = ADAPTERS["rank"]
 BATCH, RATE = 32, 2e-3
 FORM_STEPS, FORM_RATE = 150, 1e-3
+PLAIN = 100
 SHARES = 0.8, 0.9
 """Of the molecules: train up to the first, validation up to the second, test from there."""
 
@@ -138,7 +138,6 @@ def run_contest(
     *,
     seeds: Sequence[int] = (0, 1),
     steps: int = 150,
-    properties: Sequence[str] = tuple(PROPERTIES),
     contenders: Sequence[str] = CONTENDERS,
     progress: Callable[[str], object] = lambda _: None,
 ) -> dict[str, object]:
@@ -149,7 +148,6 @@ def run_contest(
         out: gets checkpoints and `contest.json`.
         seeds: each is a training from other weights in another order.
         steps: of every contender, `BATCH` molecules each.
-        properties: which, of `PROPERTIES`.
         contenders: which, of `CONTENDERS`.
         progress: is told what begins.
 
@@ -161,20 +159,19 @@ def run_contest(
         FileNotFoundError: a file is missing.
     """
     out.mkdir(parents=True, exist_ok=True)
-    splits = {name: read_split(data, PROPERTIES[name]) for name in properties}
+    splits = {name: read_split(data, told) for name, told in PROPERTIES.items()}
     start = learn_form(splits, out)
-    texts = plain_texts()
     result: dict[str, object] = {
         "steps": steps,
         "batch": BATCH,
         "learning rate": RATE,
         "rank": RANK,
         "seeds": list(seeds),
-        "plain texts": len(texts),
         "properties": {},
     }
     for name, split in splits.items():
         told, true = PROPERTIES[name], split.values["test"]
+        texts = plain_texts(start, splits, name)
         rows: dict[str, object] = {CONSTANT: _constant(told, split)}
         for contender in contenders:
             said, runs = [], []
@@ -358,16 +355,17 @@ def auroc(scores: np.ndarray, true: np.ndarray) -> float:
     return float((sign.mean() + 1) / 2)
 
 
-def plain_texts(molecules: int = 5) -> list[str]:
-    """Questions and answers as the shipped language model knows them, without a molecule."""
-    from edt_former.tasks.heldout import heldout_molecules
+def plain_texts(model: MoleculeLM, splits: Mapping[str, Split], trained: str) -> list[str]:
+    """Texts without a molecule that the language model has learned and a contender does not see.
 
+    They are the questions about the other properties, answered by `PLAIN` of their training values.
+    """
     texts = []
-    for _, smiles in heldout_molecules()[:molecules]:
-        answers = answer_ids(read_molecule(smiles))
-        for fact, answer in zip(FACTS, answers, strict=True):
-            asked = fact.phrasings[0]
-            texts.append(f"question: {asked} answer: {fact.key}: {fact.answers[answer]}")
+    for name, split in splits.items():
+        if name != trained:
+            prompt = model.processor.prompt(PROPERTIES[name].question, molecules=0)
+            values = split.values["train"][:PLAIN]
+            texts += [f"{prompt} {PROPERTIES[name].text(value)}" for value in values]
     return texts
 
 
