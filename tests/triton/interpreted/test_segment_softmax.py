@@ -33,8 +33,9 @@ def referred(values, offsets):
     return [out, reference.segment_softmax_bwd(g, out, offsets)]
 
 
-@pytest.mark.parametrize("shape", [(), (2, 6), (65,)], ids=str)
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "index"), [((), torch.int32), ((2, 6), torch.int64), ((65,), torch.int64)], ids=str
+)
 def test_values_and_gradients(shape, index):
     values, offsets = batch(shape, torch.float64)
     found = with_grad(values, offsets.to(index))
