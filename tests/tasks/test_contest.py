@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +46,37 @@ def test_the_split_keeps_scaffolds_together(data):
     assert not (scaffolds[0] & scaffolds[1] or scaffolds[0] & scaffolds[2])
     for name, molecules in split.molecules.items():
         assert len(molecules) == len(split.values[name])
+
+
+def test_of_scaffolds_as_frequent_the_last_comes_first(tmp_path):
+    of = PROPERTIES["ESOL"]
+    molecules = [
+        "C1CC1",
+        "C1CCC1",
+        "c1ccccc1",
+        "C1CCCC1",
+        *["C1CCCCC1" + "C" * n for n in range(6)],
+    ]
+    with gzip.open(tmp_path / of.file, "wt", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["smiles", of.column])
+        writer.writerows((m, 0.0) for m in molecules)
+    split = read_split(tmp_path, of)
+    train, valid, test = ([m.smiles for m in part] for part in split.molecules.values())
+    assert train[-2:] == ["C1CCCC1", "c1ccccc1"] and len(train) == 8
+    assert (valid, test) == (["C1CCC1"], ["C1CC1"])
+
+
+def test_both_classes_are_tested():
+    if "EDT_SHARED" not in os.environ:
+        pytest.skip("EDT_SHARED (folder of the MoleculeNet files) is not set")
+    split = read_split(Path(os.environ["EDT_SHARED"], "data", "moleculenet"), PROPERTIES["BBBP"])
+    assert split.values["test"].mean() == pytest.approx(107 / 204)
+
+
+def test_one_class_has_no_interval():
+    with pytest.raises(ValueError, match=r"true must have both classes, got 4 of \[1\.\]"):
+        interval(PROPERTIES["BBBP"], np.zeros((1, 4)), np.ones(4))
 
 
 def test_auroc_agrees_with_scikit_learn():

@@ -107,7 +107,7 @@ def read_split(folder: Path, of: Property) -> Split:
     """The rows of a property's file, split by Murcko scaffold as MoleculeNet does.
 
     Scaffolds go to the training part from the most frequent on until it is full, then to the
-    validation part, the rest to the test part.
+    validation part, the rest to the test part; of those as frequent, the last of the file first.
     """
     with gzip.open(folder / of.file, "rt", newline="") as file:
         rows = [(row["smiles"], float(row[of.column])) for row in csv.DictReader(file)]
@@ -120,7 +120,7 @@ def read_split(folder: Path, of: Property) -> Split:
         groups.setdefault(scaffold, []).append(index)
     parts: dict[str, list[int]] = {"train": [], "valid": [], "test": []}
     ends = [share * len(good) for share in SHARES]
-    for group in sorted(groups.values(), key=lambda g: (-len(g), g[0])):
+    for group in sorted(groups.values(), key=lambda g: (len(g), g[0]), reverse=True):
         if len(parts["train"]) + len(group) <= ends[0]:
             parts["train"] += group
         elif len(parts["train"]) + len(parts["valid"]) + len(group) <= ends[1]:
@@ -331,7 +331,13 @@ def interval(
         said: [seeds, molecules].
         true: [molecules].
         resamples: of the bootstrap; those that lack a class are drawn again.
+
+    Raises:
+        ValueError: all molecules are of one class.
     """
+    mean = float(np.mean([told.metric(one, true) for one in said]))
+    if math.isnan(mean):
+        raise ValueError(f"true must have both classes, got {len(true)} of {np.unique(true)}")
     rng, found = np.random.default_rng(0), []
     while len(found) < resamples:
         rows = rng.integers(len(true), size=len(true))
@@ -339,7 +345,7 @@ def interval(
         if not math.isnan(value):
             found.append(value)
     low, high = np.percentile(found, [2.5, 97.5])
-    return float(np.mean([told.metric(one, true) for one in said])), float(low), float(high)
+    return mean, float(low), float(high)
 
 
 def auroc(scores: np.ndarray, true: np.ndarray) -> float:
