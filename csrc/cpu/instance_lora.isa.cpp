@@ -131,7 +131,8 @@ void multiply_rows(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t 
 template <class S, class T>
 void shrink(const Adapter& a, const S* x, int64_t rows, const S* down, Matrix<T> to,
             const AdaptScratch<T>& scratch) {
-  for (int64_t k = 0; k < a.in; k += kDepth) {
+  int64_t k = 0;
+  do {  // once for no column, too: the product is then 0
     const int64_t depth = least(a.in - k, kDepth);
     Matrix<T> part;
     if constexpr (sizeof(S) == sizeof(T))
@@ -143,7 +144,8 @@ void shrink(const Adapter& a, const S* x, int64_t rows, const S* down, Matrix<T>
       multiply_rows<false>(plain(part), d, to, rows, depth);
     else
       multiply_rows<true>(plain(part), d, to, rows, depth);
-  }
+    k += kDepth;
+  } while (k < a.in);
 }
 
 // out = base - less, n numbers.

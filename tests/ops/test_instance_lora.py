@@ -327,6 +327,15 @@ def test_empty_batches(lengths, tail):
     assert torch.equal(dbase, upstream(out))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_an_output_of_no_columns(dtype):
+    inputs, offsets = batch((3, 0, 60), (33, 0, 5), dtype=dtype)
+    out, *grads = with_grads(ours, inputs, offsets)
+    assert out.shape == (len(inputs[0]), 0)
+    assert all(grad.eq(0).all() for grad in grads)
+
+
 @pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned")
