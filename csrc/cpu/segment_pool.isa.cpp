@@ -82,12 +82,12 @@ EDT_INLINE void add_rows(const Pool& x, const B& bundle, Vec<Wide<T>> (&total)[B
 template <class T, bool WEIGHTED>
 void sum_of(Pool x, Share share) {
   using W = Wide<T>;
-  for_bundles<W>(x, share, [&](const auto& bundle) __attribute__((always_inline)) {
-    Vec<W> total[bundle.kCount];
+  for_bundles<W>(x, share, [&]<class B>(const B& bundle) __attribute__((always_inline)) {
+    Vec<W> total[B::kCount];
     add_rows<T, WEIGHTED>(x, bundle, total);
     if (x.mean) divide(total, mass_of<T, WEIGHTED>(x, bundle));
 #pragma GCC unroll 8
-    for (int j = 0; j < bundle.kCount; ++j)
+    for (int j = 0; j < B::kCount; ++j)
       bundle.write(static_cast<T*>(x.out), bundle.segment, j, total[j]);
   });
 }
@@ -108,8 +108,8 @@ EDT_INLINE void read_grad(const Pool& x, const B& bundle, Vec<Wide<T>> (&grad)[B
 template <class T, bool WEIGHTED>
 void sum_bwd_of(Pool x, Share share) {
   using W = Wide<T>;
-  for_bundles<W>(x, share, [&](const auto& bundle) __attribute__((always_inline)) {
-    Vec<W> grad[bundle.kCount];
+  for_bundles<W>(x, share, [&]<class B>(const B& bundle) __attribute__((always_inline)) {
+    Vec<W> grad[B::kCount];
     read_grad<T>(x, bundle, grad);
     if (x.mean) divide(grad, mass_of<T, WEIGHTED>(x, bundle));
     for (int64_t i = bundle.first_round(); i < bundle.last_round(); ++i) {
@@ -117,7 +117,7 @@ void sum_bwd_of(Pool x, Share share) {
       const auto weight = weight_of<T, WEIGHTED>(x, bundle, row);
       prefetch<T, true>(x, bundle, x.out, i);
 #pragma GCC unroll 8
-      for (int j = 0; j < bundle.kCount; ++j)
+      for (int j = 0; j < B::kCount; ++j)
         bundle.write(static_cast<T*>(x.out), row, j, grad[j] * weight);
     }
   });
@@ -132,8 +132,8 @@ void sum_bwd(Pool x, Share share) {
 template <class T>
 void weight_bwd(Pool x, Share share, void* scratch) {
   using W = Wide<T>;
-  for_bundles<W>(x, share, [&](const auto& bundle) __attribute__((always_inline)) {
-    Vec<W> grad[bundle.kCount], mean[bundle.kCount] = {};
+  for_bundles<W>(x, share, [&]<class B>(const B& bundle) __attribute__((always_inline)) {
+    Vec<W> grad[B::kCount], mean[B::kCount] = {};
     read_grad<T>(x, bundle, grad);
     if (x.mean) {
       const auto mass = mass_of<T, true>(x, bundle);
@@ -146,7 +146,7 @@ void weight_bwd(Pool x, Share share, void* scratch) {
       const auto row = bundle.row(x.order, i);
       Vec<W> dot{};
 #pragma GCC unroll 8
-      for (int j = 0; j < bundle.kCount; ++j)
+      for (int j = 0; j < B::kCount; ++j)
         dot = fma(grad[j], bundle.read(read_only<T>(x.values), row, j) - mean[j], dot);
       bundle.write_number(static_cast<T*>(x.out), row, bundle.add_columns(dot, &dots[i]));
     }
@@ -157,17 +157,17 @@ void weight_bwd(Pool x, Share share, void* scratch) {
 template <class T, bool LARGEST>
 void extreme_of(Pool x, Share share) {
   using W = Wide<T>;
-  for_bundles<W>(x, share, [&](const auto& bundle) __attribute__((always_inline)) {
+  for_bundles<W>(x, share, [&]<class B>(const B& bundle) __attribute__((always_inline)) {
     const Ints<W> nothing = Ints<W>{} + static_cast<typename Float<W>::Int>(x.rows);
-    Vec<W> best[bundle.kCount] = {};
-    Ints<W> source[bundle.kCount];
+    Vec<W> best[B::kCount] = {};
+    Ints<W> source[B::kCount];
     for (auto& row : source) row = nothing;
     for (int64_t i = 0; i < bundle.rounds(); ++i) {
       const auto row = bundle.row(x.order, i);
       const Ints<W> index = bundle.index(row);
       prefetch<T, false>(x, bundle, x.values, i);
 #pragma GCC unroll 8
-      for (int j = 0; j < bundle.kCount; ++j) {
+      for (int j = 0; j < B::kCount; ++j) {
         const Vec<W> value = bundle.read(read_only<T>(x.values), row, j);
         const Ints<W> no_better = LARGEST ? value <= best[j] : value >= best[j];
         const Ints<W> better = (~no_better & (best[j] == best[j])) | (source[j] == nothing);
@@ -177,7 +177,7 @@ void extreme_of(Pool x, Share share) {
       }
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < bundle.kCount; ++j) {
+    for (int j = 0; j < B::kCount; ++j) {
       bundle.write(static_cast<T*>(x.out), bundle.segment, j, best[j]);
       bundle.write(static_cast<W*>(x.source), bundle.segment, j, (Vec<W>)source[j]);
     }
@@ -192,19 +192,19 @@ void extreme(Pool x, Share share) {
 template <class T>
 void extreme_bwd(Pool x, Share share) {
   using W = Wide<T>;
-  for_bundles<W>(x, share, [&](const auto& bundle) __attribute__((always_inline)) {
-    Vec<W> grad[bundle.kCount];
+  for_bundles<W>(x, share, [&]<class B>(const B& bundle) __attribute__((always_inline)) {
+    Vec<W> grad[B::kCount];
     read_grad<T>(x, bundle, grad);
-    Ints<W> source[bundle.kCount];
+    Ints<W> source[B::kCount];
 #pragma GCC unroll 8
-    for (int j = 0; j < bundle.kCount; ++j)
+    for (int j = 0; j < B::kCount; ++j)
       source[j] = (Ints<W>)bundle.read(read_only<W>(x.source), bundle.segment, j);
     for (int64_t i = bundle.first_round(); i < bundle.last_round(); ++i) {
       const auto row = bundle.row(x.order, i);
       const Ints<W> index = bundle.index(row);
       prefetch<T, true>(x, bundle, x.out, i);
 #pragma GCC unroll 8
-      for (int j = 0; j < bundle.kCount; ++j)
+      for (int j = 0; j < B::kCount; ++j)
         bundle.write(static_cast<T*>(x.out), row, j, source[j] == index ? grad[j] : Vec<W>{});
     }
   });

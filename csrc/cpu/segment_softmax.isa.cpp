@@ -49,9 +49,9 @@ template <class T>
 void forward(SegmentSoftmax s, Share share) {
   using W = Wide<T>;
   const T* x = static_cast<const T*>(s.values);
-  for_bundles<W>(s, share, [&](const auto& bundle) __attribute__((always_inline)) {
-    constexpr int kCount = bundle.kCount;
-    if constexpr (!bundle.kSegments)
+  for_bundles<W>(s, share, [&]<class B>(const B& bundle) __attribute__((always_inline)) {
+    constexpr int kCount = B::kCount;
+    if constexpr (!B::kSegments)
       if (s.dim == 1)
         return forward_column(x + bundle.begin, bundle.rounds(),
                               static_cast<T*>(s.result) + bundle.begin);
@@ -97,8 +97,8 @@ template <class T>
 void backward(SegmentSoftmax s, Share share) {
   using W = Wide<T>;
   const T *g = static_cast<const T*>(s.grad), *y = static_cast<const T*>(s.out);
-  for_bundles<W>(s, share, [&](const auto& bundle) __attribute__((always_inline)) {
-    constexpr int kCount = bundle.kCount;
+  for_bundles<W>(s, share, [&]<class B>(const B& bundle) __attribute__((always_inline)) {
+    constexpr int kCount = B::kCount;
     Vec<W> total[kCount] = {};
     for_blocks(bundle.rounds(), [&](int64_t i, int64_t last) __attribute__((always_inline)) {
       Vec<W> sum[kCount] = {};

@@ -246,7 +246,7 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
                 are never learned.
             position_ids: [B, S]; None counts the tokens that are no padding.
             inputs_embeds: [B, S, E] instead of all the above but the mask.
-            kwargs: of the language model (`past_key_values`, `use_cache`, `logits_to_keep`, ...).
+            kwargs: of the language model (`cache`, `use_cache`, `logits_to_keep`, ...).
 
         Raises:
             ValueError: a row's placeholders are not as many as its molecule tokens; the prompt is

