@@ -97,5 +97,5 @@ def test_a_language_model_without_a_cache_is_refused(pipeline, monkeypatch):
 
     monkeypatch.setattr(model, "forward", forgetful)
     batch, _ = pipeline.read(SMILES)
-    with pytest.raises(ValueError, match="must return .*, LlamaForCausalLM does not"):
+    with pytest.raises(ValueError, match=r"must return .*, LlamaForCausalLM does not"):
         pipeline.run(line_up(pipeline.parts.connector, mean=6, longest=9)[0], batch)
