@@ -169,6 +169,10 @@ Tensor segment_pool_weight_bwd(const Tensor& given_grad, const Tensor& given, co
   Pooling call(values, values.size(0), offsets, order);
   check_pooled(grad, call, "grad: shape");
   const Tensor out = allocate({values.size(0)}, dtype);
+  if (call.pool.dim == 0) {
+    std::memset(out.data_ptr(), 0, out.numel() * static_cast<int64_t>(out.element_size()));
+    return out;
+  }
   call.pool.mean = mean, call.pool.grad = grad.data_ptr();
   call.pool.values = values.data_ptr(), call.pool.weight = weight->data_ptr();
   call.backward(out, [&](const Pool& pool, const Share& share) {

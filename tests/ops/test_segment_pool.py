@@ -387,6 +387,14 @@ def test_extremes_of_infinities_and_nan(dtype, copies, reduce):
     assert values.grad.tolist() == [1, 0, 0, 1, 0, 0] * copies
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_rows_of_no_columns_give_weights_no_gradient():
+    values, offsets, _, weight = batch(shape=(0,))
+    out, dvalues, dweight = with_grads(segment_pool, values, weight, offsets)
+    assert out.shape == (len(offsets) - 1, 0) and dvalues.shape == values.shape
+    assert dweight.eq(0).all()
+
+
 def test_weights_that_sum_to_zero_give_zero():
     values, weight = torch.ones(2, 3, requires_grad=True), torch.zeros(2, requires_grad=True)
     out = segment_pool(values, torch.tensor([0, 2]), weight=weight)
