@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> entropy(const Tensor& given, double scale) {
   const Tensor logits = dense(given);
   const int64_t v = logits.size(logits.dim() - 1);
   const auto shape = logits.sizes().slice(0, logits.dim() - 1);
-  const ScalarType type = row_type(logits.scalar_type());
+  const ScalarType type = row_type(dtype_of(logits));
   Tensor h = allocate(shape, type);
   Tensor top = allocate(shape, type);
   Tensor log_total = allocate(shape, type);
@@ -33,12 +33,12 @@ Tensor entropy_bwd(const Tensor& given_grad, const Tensor& given, const Tensor& 
   const Tensor grad = dense(given_grad), h = dense(given_h);
   const Tensor top = dense(given_top), log_total = dense(given_log_total);
   for (const Tensor& x : {grad, h, top, log_total})
-    STD_TORCH_CHECK(x.numel() == rows && x.scalar_type() == row_type(logits.scalar_type()),
+    STD_TORCH_CHECK(x.numel() == rows && dtype_of(x) == row_type(dtype_of(logits)),
                     "rows: shape or dtype");
 
   Tensor dlogits = allocate_like(logits);
   const int64_t used = offsets ? read_offsets(*offsets, rows).back() : rows;
-  const auto kernel = entropy_kernels().backward[float_index(logits.scalar_type())];
+  const auto kernel = entropy_kernels().backward[float_index(dtype_of(logits))];
   torch::stable::parallel_for(0, used, row_grain(v), [&](int64_t begin, int64_t end) {
     kernel(at(grad, begin), at(logits, begin * v), at(h, begin), at(top, begin),
            at(log_total, begin), end - begin, v, scale, at(dlogits, begin * v));

@@ -14,7 +14,7 @@ template <class T>
 Outputs run(const Tensor& logits, const std::vector<int64_t>& offsets, double scale, const Cut& cut,
             int64_t capacity) {
   const int64_t rows = logits.size(0), v = logits.size(1);
-  const ScalarType type = row_type(logits.scalar_type());
+  const ScalarType type = row_type(dtype_of(logits));
   Tensor h = allocate({rows}, type);
   Tensor top = allocate({rows}, type);
   Tensor log_total = allocate({rows}, type);
@@ -39,9 +39,8 @@ Outputs entropy_patches(const Tensor& given, const Tensor& offsets, double scale
   const Tensor logits = dense(given);
   const auto begins = read_offsets(offsets, logits.size(0));
   const Cut cut{static_cast<Rule>(rule), level, min_size, max_size, max_patches};
-  return logits.scalar_type() == ScalarType::Double
-             ? run<double>(logits, begins, scale, cut, capacity)
-             : run<float>(logits, begins, scale, cut, capacity);
+  return dtype_of(logits) == ScalarType::Double ? run<double>(logits, begins, scale, cut, capacity)
+                                                : run<float>(logits, begins, scale, cut, capacity);
 }
 
 }  // namespace

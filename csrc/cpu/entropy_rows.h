@@ -16,9 +16,9 @@ inline int64_t row_grain(int64_t v) { return 1 + 32768 / v; }
 // Entropies of the rows [begin, end) of contiguous logits [N, v].
 inline void entropy_rows(const Tensor& logits, int64_t v, double scale, int64_t begin, int64_t end,
                          const Tensor& h, const Tensor& top, const Tensor& log_total) {
-  entropy_kernels().forward[float_index(logits.scalar_type())](
-      at(logits, begin * v), end - begin, v, scale, at(h, begin), at(top, begin),
-      at(log_total, begin));
+  entropy_kernels().forward[float_index(dtype_of(logits))](at(logits, begin * v), end - begin, v,
+                                                           scale, at(h, begin), at(top, begin),
+                                                           at(log_total, begin));
 }
 
 }  // namespace edt

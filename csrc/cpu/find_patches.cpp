@@ -31,7 +31,7 @@ PatchTensors find_patches(const Tensor& entropy, const Tensor& offsets, int64_t 
   STD_TORCH_CHECK(entropy.dim() == 1, "entropy: shape");
   const auto begins = read_offsets(offsets, entropy.size(0));
   const Cut cut{static_cast<Rule>(rule), level, min_size, max_size, max_patches};
-  switch (entropy.scalar_type()) {
+  switch (dtype_of(entropy)) {
     case ScalarType::Float:
       return find<float, float>(entropy, begins, cut, capacity);
     case ScalarType::Double:

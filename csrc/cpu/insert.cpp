@@ -15,7 +15,7 @@ constexpr int64_t kIgnored = -100;  // the label that torch's losses leave out
 
 // An int64 tensor [count].
 const int64_t* integers(const Tensor& x, int64_t count, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.dim() == 1 && x.size(0) == count, name);
+  STD_TORCH_CHECK(dtype_of(x) == ScalarType::Long && x.dim() == 1 && x.size(0) == count, name);
   return static_cast<const int64_t*>(x.data_ptr());
 }
 
@@ -30,7 +30,9 @@ Joined pieces(const std::vector<int64_t>& text, std::vector<int64_t> groups, con
   }
   cuts[count] = text.back();
   groups.push_back(groups.back());
-  return {{{std::move(cuts), rows}, {std::move(groups), tokens}}, count};
+  std::vector<Joined::Part> parts(2);
+  parts[0] = {std::move(cuts), rows}, parts[1] = {std::move(groups), tokens};
+  return {std::move(parts), count};
 }
 
 // How many groups stand before every row [B + 1].
@@ -58,10 +60,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> insert(
     const Tensor& given_embeds, const Tensor& embed_offsets, const Tensor& given_tokens,
     const Tensor& token_offsets, const Tensor& given_at, const std::optional<Tensor>& given_rows,
     const std::optional<Tensor>& given_labels) {
-  const ScalarType dtype = given_embeds.scalar_type();
+  const ScalarType dtype = dtype_of(given_embeds);
   float_index(dtype);  // refuses others
   const bool alike = given_embeds.dim() == 2 && given_tokens.dim() == 2 &&
-                     given_tokens.scalar_type() == dtype &&
+                     dtype_of(given_tokens) == dtype &&
                      given_embeds.size(1) == given_tokens.size(1);
   STD_TORCH_CHECK(alike, "insert: embeds and tokens");
   const Tensor embeds = dense(given_embeds), tokens = dense(given_tokens), at = dense(given_at);
@@ -76,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> insert(
 
   std::vector<int64_t> offsets(text);
   for (size_t b = 0; b < offsets.size(); ++b) offsets[b] += groups[before[b]];
-  const Tensor ends = make_offsets(offsets, embed_offsets.scalar_type());
+  const Tensor ends = make_offsets(offsets, dtype_of(embed_offsets));
 
   const Tensor positions = allocate({whole.rows()}, ScalarType::Long);
   auto* position = static_cast<int64_t*>(positions.data_ptr());
@@ -114,7 +116,7 @@ std::tuple<Tensor, Tensor> insert_bwd(const Tensor& given_grad, const Tensor& em
 
   const int64_t width = grad.size(1);
   const auto fresh = [&](bool want, int64_t count) {
-    return want ? allocate({count, width}, grad.scalar_type()) : allocate({0}, grad.scalar_type());
+    return want ? allocate({count, width}, dtype_of(grad)) : allocate({0}, dtype_of(grad));
   };
   const Tensor dembeds = fresh(wanted[0], rows), dtokens = fresh(wanted[1], tokens);
   whole.split(

@@ -39,18 +39,19 @@ std::vector<int64_t> with_width(const Tensor& x, int64_t width) {
 }
 
 void check_layer(const Tensor& x, const Tensor& a, const Tensor& b, int64_t molecules) {
-  STD_TORCH_CHECK(x.dim() > 0 && a.dim() == 3 && b.dim() == 2, "instance_lora: dimensions");
-  STD_TORCH_CHECK(a.size(0) == molecules && a.size(1) > 0 && a.size(1) == last_size(x) &&
-                      a.size(2) > 0 && a.size(2) == b.size(1),
+  const auto down = a.sizes(), up = b.sizes();
+  STD_TORCH_CHECK(x.dim() > 0 && down.size() == 3 && up.size() == 2, "instance_lora: dimensions");
+  STD_TORCH_CHECK(down[0] == molecules && down[1] > 0 && down[1] == last_size(x) && down[2] > 0 &&
+                      down[2] == up[1],
                   "instance_lora: shapes");
-  STD_TORCH_CHECK(a.scalar_type() == x.scalar_type() && b.scalar_type() == x.scalar_type(),
-                  "instance_lora: dtypes");
+  const ScalarType dtype = dtype_of(x);
+  STD_TORCH_CHECK(dtype_of(a) == dtype && dtype_of(b) == dtype, "instance_lora: dtypes");
 }
 
 void check_output(const Tensor& out, const Tensor& x, const Tensor& b) {
   bool fits = out.dim() == x.dim() && last_size(out) == b.size(0);
   for (int64_t i = 0; fits && i + 1 < x.dim(); ++i) fits = out.size(i) == x.size(i);
-  STD_TORCH_CHECK(fits && out.scalar_type() == x.scalar_type(), "instance_lora: output");
+  STD_TORCH_CHECK(fits && dtype_of(out) == dtype_of(x), "instance_lora: output");
 }
 
 // Offsets of molecules and the rows that x has.
@@ -169,16 +170,18 @@ Adapter forward(const Tensor& x, const Tensor& a, const Tensor& b, double scale,
   return adapter;
 }
 
-std::tuple<Tensor, Tensor> instance_lora(Tensor x, Tensor a, Tensor b, const Tensor& offsets,
-                                         double scale, std::optional<Tensor> base) {
-  const Rows rows(offsets, x);
-  check_layer(x, a, b, rows.molecules());
-  x = dense(x), a = dense(a), b = dense(b);
-  if (base) {
-    check_output(*base, x, b);
-    base = dense(*base);
+std::tuple<Tensor, Tensor> instance_lora(const Tensor& given_x, const Tensor& given_a,
+                                         const Tensor& given_b, const Tensor& offsets, double scale,
+                                         const std::optional<Tensor>& given_base) {
+  const Rows rows(offsets, given_x);
+  check_layer(given_x, given_a, given_b, rows.molecules());
+  const Tensor x = dense(given_x), a = dense(given_a), b = dense(given_b);
+  std::optional<Tensor> base;
+  if (given_base) {
+    check_output(*given_base, x, b);
+    base = dense(*given_base);
   }
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = dtype_of(x);
   const Tensor out = allocate(with_width(x, b.size(0)), dtype);
   const Tensor shrunk = allocate({rows.count, a.size(2)}, sum_type(dtype));
   Adapter adapter = forward(x, a, b, scale, base, out);
@@ -196,12 +199,12 @@ std::vector<Tensor> instance_lora_many(std::vector<Tensor> x, std::vector<Tensor
       !x.empty() && a.size() == x.size() && b.size() == x.size() && base.size() == x.size(),
       "instance_lora_many: number of layers");
   const Rows rows(offsets, x[0]);
-  const ScalarType dtype = x[0].scalar_type();
+  const ScalarType dtype = dtype_of(x[0]);
   Adapters adapters(rows, dtype);
   std::vector<Tensor> outs;
   for (size_t k = 0; k < x.size(); ++k) {
     check_layer(x[k], a[k], b[k], rows.molecules());
-    STD_TORCH_CHECK(x[k].scalar_type() == dtype && count_rows(x[k]) == rows.count,
+    STD_TORCH_CHECK(dtype_of(x[k]) == dtype && count_rows(x[k]) == rows.count,
                     "instance_lora_many: layers differ");
     x[k] = dense(x[k]), a[k] = dense(a[k]), b[k] = dense(b[k]);
     if (base[k]) {
@@ -238,9 +241,9 @@ std::tuple<Tensor, Tensor, Tensor> instance_lora_bwd(Tensor grad, Tensor x, Tens
   const Rows rows(offsets, x);
   check_layer(x, a, b, rows.molecules());
   check_output(grad, x, b);
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = dtype_of(x);
   const int64_t in = a.size(1), width = b.size(0), rank = a.size(2);
-  STD_TORCH_CHECK(shrunk.scalar_type() == sum_type(dtype) && shrunk.dim() == 2 &&
+  STD_TORCH_CHECK(dtype_of(shrunk) == sum_type(dtype) && shrunk.dim() == 2 &&
                       shrunk.size(0) == rows.count && shrunk.size(1) == rank,
                   "instance_lora_bwd: shrunk");
   grad = dense(grad), x = dense(x), a = dense(a), b = dense(b), shrunk = dense(shrunk);

@@ -32,9 +32,9 @@ void check_inputs(const Tensor& hidden, const Tensor& weight, const std::optiona
                       hidden.size(hidden.dim() - 1) == weight.size(1) &&
                       (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0))),
                   "linear_entropy: shapes");
-  STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type() &&
-                      (!bias || bias->scalar_type() == weight.scalar_type()),
-                  "linear_entropy: dtypes");
+  STD_TORCH_CHECK(
+      dtype_of(hidden) == dtype_of(weight) && (!bias || dtype_of(*bias) == dtype_of(weight)),
+      "linear_entropy: dtypes");
 }
 
 LinearEntropy describe(const Tensor& hidden, const Tensor& weight,
@@ -60,11 +60,11 @@ void for_rows(const LinearEntropyKernels& kernels, LinearEntropyKernels::Rows ke
 std::tuple<Tensor, Tensor, Tensor> linear_entropy(Tensor hidden, Tensor weight,
                                                   std::optional<Tensor> bias, double scale) {
   check_inputs(hidden, weight, bias);
-  const auto& kernels = kernels_for(hidden.scalar_type());
+  const auto& kernels = kernels_for(dtype_of(hidden));
   hidden = dense(hidden), weight = dense(weight);
   if (bias) bias = dense(*bias);
   const auto shape = hidden.sizes().slice(0, hidden.dim() - 1);
-  const ScalarType type = row_type(hidden.scalar_type());
+  const ScalarType type = row_type(dtype_of(hidden));
   const Tensor h = allocate(shape, type), top = allocate(shape, type);
   const Tensor log_total = allocate(shape, type);
   const auto x = describe(hidden, weight, bias, scale, h, top, log_total);
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd(Tensor grad, Tensor hidden
                                                       Tensor top, Tensor log_total, double scale,
                                                       bool need_hidden, bool need_weight) {
   check_inputs(hidden, weight, bias);
-  const ScalarType dtype = hidden.scalar_type();
+  const ScalarType dtype = dtype_of(hidden);
   const auto& kernels = kernels_for(dtype);
   hidden = dense(hidden), weight = dense(weight), grad = dense(grad);
   h = dense(h), top = dense(top), log_total = dense(log_total);
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd(Tensor grad, Tensor hidden
   const int64_t rows = h.numel();
   STD_TORCH_CHECK(rows * weight.size(1) == hidden.numel(), "linear_entropy_bwd: rows");
   for (const Tensor& row : {grad, h, top, log_total})
-    STD_TORCH_CHECK(row.numel() == rows && row.scalar_type() == row_type(dtype),
+    STD_TORCH_CHECK(row.numel() == rows && dtype_of(row) == row_type(dtype),
                     "linear_entropy_bwd: rows");
 
   auto x = describe(hidden, weight, bias, scale, h, top, log_total);

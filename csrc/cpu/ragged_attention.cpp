@@ -19,10 +19,13 @@ constexpr int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
 
 // Only the last dimension must be contiguous: heads of a packed projection are read in place.
 Tensor readable(const Tensor& x) {
-  return x.size(2) == 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
+  return x.stride(2) == 1 || x.size(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
-AttentionRows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
+AttentionRows rows_of(const Tensor& x) {
+  const auto strides = x.strides();
+  return {x.data_ptr(), strides[0], strides[1]};
+}
 
 const AttentionKernels& kernels_for(ScalarType dtype, bool pairs) {
   const AttentionTable& table = attention_kernels();
@@ -42,13 +45,13 @@ ScalarType lse_dtype(ScalarType dtype) {
 }
 
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
-  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "ragged_attention: dimensions");
-  const bool shapes = k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
-                      q.size(2) == k.size(2) && q.size(2) > 0 && q.size(1) > 0 && k.size(1) > 0 &&
-                      q.size(1) % k.size(1) == 0;
+  const auto queries = q.sizes(), keys = k.sizes();
+  STD_TORCH_CHECK(queries.size() == 3 && keys.size() == 3, "ragged_attention: dimensions");
+  const bool shapes = keys.equals(v.sizes()) && queries[2] == keys[2] && queries[2] > 0 &&
+                      queries[1] > 0 && keys[1] > 0 && queries[1] % keys[1] == 0;
   STD_TORCH_CHECK(shapes, "ragged_attention: shapes");
-  const ScalarType dtype = q.scalar_type();
-  STD_TORCH_CHECK(dtype == k.scalar_type() && dtype == v.scalar_type(), "ragged_attention: dtypes");
+  const ScalarType dtype = dtype_of(q);
+  STD_TORCH_CHECK(dtype == dtype_of(k) && dtype == dtype_of(v), "ragged_attention: dtypes");
 }
 
 // The molecules of a batch, one after the other on an axis of work on which threads take equal
@@ -171,7 +174,7 @@ void zero_tail(const Tensor& x, int64_t begin) {
 }
 
 void fill_lse_tail(const Tensor& lse, int64_t begin) {
-  if (lse.scalar_type() == ScalarType::Double)
+  if (dtype_of(lse) == ScalarType::Double)
     fill_rows<double>(lse, begin, -INFINITY);
   else
     fill_rows<float>(lse, begin, -INFINITY);
@@ -198,7 +201,7 @@ int64_t heads_per_task(const Tensor& q, const Tensor& k, int64_t wanted) {
 
 Tensor dense_pairs(const Tensor& x, const Tensor& q, const Batch& batch) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == q.size(1) && x.size(0) >= batch.pairs() &&
-                      x.scalar_type() == q.scalar_type(),
+                      dtype_of(x) == dtype_of(q),
                   "ragged_attention: pairs");
   return dense(x);
 }
@@ -206,22 +209,23 @@ Tensor dense_pairs(const Tensor& x, const Tensor& q, const Batch& batch) {
 AttentionDropout dropout_of(double p, const std::optional<Tensor>& seed, const Batch& batch) {
   STD_TORCH_CHECK(p >= 0 && p < 1, "ragged_attention: dropout_p");
   if (p == 0) return {};
-  STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->is_contiguous() &&
+  STD_TORCH_CHECK(seed && dtype_of(*seed) == ScalarType::Long && seed->is_contiguous() &&
                       (seed->numel() == 1 || seed->numel() == batch.molecules()),
                   "ragged_attention: seed");
   return {static_cast<const int64_t*>(seed->data_ptr()), seed->numel() > 1,
           static_cast<uint32_t>(p * 4294967296.0), 1 / (1 - p)};
 }
 
-std::tuple<Tensor, Tensor> ragged_attention(Tensor q, Tensor k, Tensor v, Tensor q_offsets,
-                                            Tensor k_offsets, bool causal,
+std::tuple<Tensor, Tensor> ragged_attention(const Tensor& given_q, const Tensor& given_k,
+                                            const Tensor& given_v, const Tensor& q_offsets,
+                                            const Tensor& k_offsets, bool causal,
                                             std::optional<double> scale) {
-  check_inputs(q, k, v);
-  const AttentionKernels& kernels = kernels_for(q.scalar_type(), false);
+  check_inputs(given_q, given_k, given_v);
+  const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
+  const AttentionKernels& kernels = kernels_for(dtype_of(q), false);
   const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k, kernels.heads_per_call));
-  q = readable(q), k = readable(k), v = readable(v);
   const Tensor out = allocate_like(q);
-  const Tensor lse = allocate({q.size(0), q.size(1)}, lse_dtype(q.scalar_type()));
+  const Tensor lse = allocate({q.size(0), q.size(1)}, lse_dtype(dtype_of(q)));
 
   Attention x = describe(q, k, v, lse, causal, scale);
   x.out = rows_of(out);
@@ -236,14 +240,14 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_general(
     Tensor q_offsets, Tensor k_offsets, bool causal, std::optional<double> scale, double dropout_p,
     bool return_scores) {
   check_inputs(q, k, v);
-  const AttentionKernels& kernels = kernels_for(q.scalar_type(), true);
+  const AttentionKernels& kernels = kernels_for(dtype_of(q), true);
   const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k, kHeadsOfPairs));
   q = readable(q), k = readable(k), v = readable(v);
   if (bias) bias = dense_pairs(*bias, q, batch);
   const Tensor out = allocate_like(q);
-  const Tensor lse = allocate({q.size(0), q.size(1)}, lse_dtype(q.scalar_type()));
+  const Tensor lse = allocate({q.size(0), q.size(1)}, lse_dtype(dtype_of(q)));
   const int64_t pairs = !return_scores ? 0 : bias ? bias->size(0) : batch.pairs();
-  const Tensor scores = allocate({pairs, q.size(1)}, q.scalar_type());
+  const Tensor scores = allocate({pairs, q.size(1)}, dtype_of(q));
 
   Attention x = describe(q, k, v, lse, causal, scale);
   x.out = rows_of(out);
@@ -259,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_general(
 
 // Of the backward: gradients and lse as the kernels read them.
 void check_rows(const Tensor& x, ScalarType dtype, int64_t dims, const Tensor& q) {
-  bool fits = x.scalar_type() == dtype && x.dim() == dims;
+  bool fits = dtype_of(x) == dtype && x.dim() == dims;
   for (int64_t i = 0; fits && i < dims; ++i) fits = x.size(i) == q.size(i);
   STD_TORCH_CHECK(fits, "ragged_attention_bwd: grad and lse must fit q");
 }
@@ -269,9 +273,9 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(
     Tensor grad, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor lse,
     bool causal, std::optional<double> scale, const Batch& batch, const AttentionKernels& kernels,
     AttentionKernels::Kernel kernel, const AttentionPairs& pairs, const AttentionDropout& dropout) {
-  check_rows(grad, q.scalar_type(), 3, q);
-  check_rows(lse, lse_dtype(q.scalar_type()), 2, q);
-  if (grad_lse) check_rows(*grad_lse, lse_dtype(q.scalar_type()), 2, q);
+  check_rows(grad, dtype_of(q), 3, q);
+  check_rows(lse, lse_dtype(dtype_of(q)), 2, q);
+  if (grad_lse) check_rows(*grad_lse, lse_dtype(dtype_of(q)), 2, q);
   grad = readable(grad), q = readable(q), k = readable(k), v = readable(v);
   lse = dense(lse);
   if (grad_lse) grad_lse = dense(*grad_lse);
@@ -294,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_bwd(Tensor grad, std::option
                                                         Tensor q_offsets, Tensor k_offsets,
                                                         bool causal, std::optional<double> scale) {
   check_inputs(q, k, v);
-  const AttentionKernels& kernels = kernels_for(q.scalar_type(), false);
+  const AttentionKernels& kernels = kernels_for(dtype_of(q), false);
   const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k, kernels.heads_per_call));
   return run_backward(grad, grad_lse, q, k, v, lse, causal, scale, batch, kernels, kernels.backward,
                       {}, {});
@@ -308,7 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_general_bwd(
   check_inputs(q, k, v);
   const Batch batch(q, k, q_offsets, k_offsets, heads_per_task(q, k, kHeadsOfPairs));
   AttentionPairs pairs{};
-  Tensor dbias = allocate({bias ? bias->size(0) : 0, q.size(1)}, q.scalar_type());
+  Tensor dbias = allocate({bias ? bias->size(0) : 0, q.size(1)}, dtype_of(q));
   if (bias) {
     bias = dense_pairs(*bias, q, batch);
     pairs.bias = bias->data_ptr(), pairs.dbias = dbias.data_ptr();
@@ -318,7 +322,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ragged_attention_general_bwd(
     grad_scores = dense_pairs(*grad_scores, q, batch);
     pairs.grad_scores = grad_scores->data_ptr();
   }
-  const AttentionKernels& kernels = kernels_for(q.scalar_type(), true);
+  const AttentionKernels& kernels = kernels_for(dtype_of(q), true);
   const auto found =
       run_backward(grad, grad_lse, q, k, v, lse, causal, scale, batch, kernels,
                    kernels.backward_pairs, pairs, dropout_of(dropout_p, seed, batch));

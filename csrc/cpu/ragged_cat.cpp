@@ -47,12 +47,12 @@ int64_t row_size(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> ragged_cat(std::vector<Tensor> parts, const Offsets& offsets) {
   STD_TORCH_CHECK(!parts.empty() && parts[0].dim() > 0, "ragged_cat: parts");
-  const ScalarType dtype = parts[0].scalar_type();
+  const ScalarType dtype = dtype_of(parts[0]);
   float_index(dtype);  // refuses others
   std::vector<int64_t> rows;
   std::vector<const char*> data;
   for (Tensor& part : parts) {
-    bool alike = part.scalar_type() == dtype && part.dim() == parts[0].dim();
+    bool alike = dtype_of(part) == dtype && part.dim() == parts[0].dim();
     for (int64_t i = 1; alike && i < part.dim(); ++i) alike = part.size(i) == parts[0].size(i);
     STD_TORCH_CHECK(alike, "ragged_cat: parts differ");
     part = dense(part);
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> ragged_cat(std::vector<Tensor> parts, const Offsets& 
   const Joined whole = joined(offsets, rows);
   const Tensor& first = **std::find_if(offsets.begin(), offsets.end(), [](auto& x) { return !!x; });
   const Tensor out = allocate(with_rows(parts[0], whole.rows()), dtype);
-  const Tensor ends = make_offsets(whole.offsets(), first.scalar_type());
+  const Tensor ends = make_offsets(whole.offsets(), dtype_of(first));
   whole.join(data, at(out, 0), row_size(out) * static_cast<int64_t>(out.element_size()));
   return {out, ends};
 }
@@ -74,7 +74,7 @@ void sum_molecules(const Joined& whole, size_t k, const Tensor& grad, const Tens
   whole.for_runs(0, whole.rows(), [&](size_t part, int64_t, int64_t place, int64_t) {
     if (part == k) runs.push_back(at(grad, place * width));
   });
-  const auto kernel = sum_rows_kernels().sum[float_index(grad.scalar_type())];
+  const auto kernel = sum_rows_kernels().sum[float_index(dtype_of(grad))];
   const int64_t grain = copy_grain(whole.molecules() * static_cast<int64_t>(grad.element_size()));
   torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
     kernel(runs.data(), static_cast<int64_t>(runs.size()), begin, end, out.data_ptr());
@@ -91,8 +91,8 @@ std::vector<Tensor> ragged_cat_bwd(const Tensor& given, const Offsets& offsets,
   std::vector<Tensor> found;
   std::vector<char*> ragged(rows.size());
   for (size_t k = 0; k < rows.size(); ++k) {
-    found.push_back(wanted[k] ? allocate(with_rows(grad, rows[k]), grad.scalar_type())
-                              : allocate({0}, grad.scalar_type()));
+    found.push_back(wanted[k] ? allocate(with_rows(grad, rows[k]), dtype_of(grad))
+                              : allocate({0}, dtype_of(grad)));
     if (!wanted[k]) continue;
     if (offsets[k])
       ragged[k] = at(found[k], 0);

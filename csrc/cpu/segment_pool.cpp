@@ -36,7 +36,7 @@ class Order {
       : rows_(segments.rows()), used_(segments.used()) {
     if (!given) return;
     STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == rows_, "order: shape");
-    STD_TORCH_CHECK(given->scalar_type() == ScalarType::Long, "order: dtype");
+    STD_TORCH_CHECK(dtype_of(*given) == ScalarType::Long, "order: dtype");
     tensor_ = dense(*given);
     const auto* order = static_cast<const int64_t*>(tensor_.data_ptr());
     bool ascending = true;
@@ -119,7 +119,7 @@ class Pooling {
 Optional read_weight(const Optional& weight, int64_t rows, ScalarType dtype) {
   if (!weight) return weight;
   STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == rows, "weight: shape");
-  STD_TORCH_CHECK(weight->scalar_type() == dtype, "weight: dtype");
+  STD_TORCH_CHECK(dtype_of(*weight) == dtype, "weight: dtype");
   return dense(*weight);
 }
 
@@ -131,7 +131,7 @@ Tensor segment_pool(const Tensor& given, const Tensor& offsets, const Optional& 
                     const Optional& given_weight, bool mean) {
   STD_TORCH_CHECK(given.dim() > 0, "values: shape");
   const Tensor values = dense(given);
-  const ScalarType dtype = values.scalar_type();
+  const ScalarType dtype = dtype_of(values);
   const PoolKernels& kernels = kernels_for(dtype);
   const Optional weight = read_weight(given_weight, values.size(0), dtype);
   Pooling call(values, values.size(0), offsets, order);
@@ -146,7 +146,7 @@ Tensor segment_pool_bwd(const Tensor& given, const Tensor& offsets, const Option
                         const Optional& given_weight, int64_t rows, bool mean) {
   STD_TORCH_CHECK(given.dim() > 0 && rows >= 0, "grad: shape");
   const Tensor grad = dense(given);
-  const ScalarType dtype = grad.scalar_type();
+  const ScalarType dtype = dtype_of(grad);
   const PoolKernels& kernels = kernels_for(dtype);
   const Optional weight = read_weight(given_weight, rows, dtype);
   Pooling call(grad, rows, offsets, order);
@@ -162,8 +162,8 @@ Tensor segment_pool_weight_bwd(const Tensor& given_grad, const Tensor& given, co
                                const Optional& order, const Tensor& given_weight, bool mean) {
   STD_TORCH_CHECK(given.dim() > 0, "values: shape");
   const Tensor grad = dense(given_grad), values = dense(given);
-  const ScalarType dtype = values.scalar_type();
-  STD_TORCH_CHECK(grad.scalar_type() == dtype, "grad: dtype");
+  const ScalarType dtype = dtype_of(values);
+  STD_TORCH_CHECK(dtype_of(grad) == dtype, "grad: dtype");
   const PoolKernels& kernels = kernels_for(dtype);
   const Optional weight = read_weight(given_weight, values.size(0), dtype);
   Pooling call(values, values.size(0), offsets, order);
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor> segment_extreme(const Tensor& given, const Tensor& of
                                            const Optional& order, bool largest) {
   STD_TORCH_CHECK(given.dim() > 0, "values: shape");
   const Tensor values = dense(given);
-  const ScalarType dtype = values.scalar_type();
+  const ScalarType dtype = dtype_of(values);
   const PoolKernels& kernels = kernels_for(dtype);
   const bool countable = values.size(0) <= std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(countable || dtype == ScalarType::Double, "values: rows beyond 32 bits");
@@ -203,9 +203,9 @@ Tensor segment_extreme_bwd(const Tensor& given, const Tensor& given_source, cons
                            const Optional& order, int64_t rows) {
   STD_TORCH_CHECK(given.dim() > 0 && rows >= 0, "grad: shape");
   const Tensor grad = dense(given), source = dense(given_source);
-  const ScalarType dtype = grad.scalar_type();
+  const ScalarType dtype = dtype_of(grad);
   const PoolKernels& kernels = kernels_for(dtype);
-  STD_TORCH_CHECK(source.scalar_type() == source_dtype(dtype), "source: dtype");
+  STD_TORCH_CHECK(dtype_of(source) == source_dtype(dtype), "source: dtype");
   Pooling call(grad, rows, offsets, order);
   check_pooled(grad, call, "grad: shape");
   check_pooled(source, call, "source: shape");

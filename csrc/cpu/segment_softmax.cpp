@@ -36,16 +36,16 @@ Tensor segment_softmax(const Tensor& given, const Tensor& offsets) {
   const Tensor values = dense(given);
   SegmentSoftmax s{};
   s.values = values.data_ptr();
-  return run(values, offsets, s, kernels_for(values.scalar_type()).forward);
+  return run(values, offsets, s, kernels_for(dtype_of(values)).forward);
 }
 
 Tensor segment_softmax_bwd(const Tensor& given_grad, const Tensor& given, const Tensor& offsets) {
   const Tensor grad = dense(given_grad), out = dense(given);
   STD_TORCH_CHECK(out.dim() > 0 && grad.numel() == out.numel(), "grad: shape");
-  STD_TORCH_CHECK(grad.scalar_type() == out.scalar_type(), "grad: dtype");
+  STD_TORCH_CHECK(dtype_of(grad) == dtype_of(out), "grad: dtype");
   SegmentSoftmax s{};
   s.grad = grad.data_ptr(), s.out = out.data_ptr();
-  return run(out, offsets, s, kernels_for(out.scalar_type()).backward);
+  return run(out, offsets, s, kernels_for(dtype_of(out)).backward);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace {
 // A counting sort. Ids outside [0, segments) share a bucket beyond the last.
 std::tuple<Tensor, Tensor> sort_ids(const Tensor& given, int64_t segments) {
   STD_TORCH_CHECK(given.dim() == 1 && segments >= 0, "ids: shape");
-  STD_TORCH_CHECK(given.scalar_type() == ScalarType::Long, "ids: dtype");
+  STD_TORCH_CHECK(dtype_of(given) == ScalarType::Long, "ids: dtype");
   const Tensor ids = dense(given);
   const int64_t rows = ids.size(0);
   const Tensor order = allocate({rows}, ScalarType::Long);

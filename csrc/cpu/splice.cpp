@@ -67,12 +67,12 @@ class Prompts {
         slots_(dense(slots)),
         slot_(static_cast<const uint8_t*>(slots_.data_ptr())) {
     STD_TORCH_CHECK(static_cast<int64_t>(offsets_.size()) == rows_ + 1, "token_offsets: shape");
-    STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Bool && grid.is_shape_of(slots), "slots");
+    STD_TORCH_CHECK(dtype_of(slots) == ScalarType::Bool && grid.is_shape_of(slots), "slots");
     for (int64_t row = 0; row < rows_; ++row)
       STD_TORCH_CHECK(count_slots(row, length_) == offsets_[row + 1] - offsets_[row],
                       "slots: count");
     if (!new_ids) return;
-    STD_TORCH_CHECK(new_ids->scalar_type() == ScalarType::Long && grid.is_shape_of(*new_ids),
+    STD_TORCH_CHECK(dtype_of(*new_ids) == ScalarType::Long && grid.is_shape_of(*new_ids),
                     "new_ids");
     ids_ = dense(*new_ids);
     id_ = static_cast<const int64_t*>(ids_->data_ptr());
@@ -124,11 +124,11 @@ class Prompts {
 
 Tensor splice(const Tensor& embeds, Tensor tokens, const Tensor& token_offsets, const Tensor& slots,
               const std::optional<Tensor>& new_rows, const std::optional<Tensor>& new_ids) {
-  const ScalarType dtype = embeds.scalar_type();
+  const ScalarType dtype = dtype_of(embeds);
   float_index(dtype);  // refuses others
   const Grid grid(embeds);
   const auto rows_of = [&](const Tensor& x) {
-    STD_TORCH_CHECK(x.scalar_type() == dtype && x.dim() == 2 && x.size(1) == grid.width,
+    STD_TORCH_CHECK(dtype_of(x) == dtype && x.dim() == 2 && x.size(1) == grid.width,
                     "splice: rows");
     return dense(x);
   };
@@ -161,7 +161,7 @@ void sum_positions(const Prompts& prompts, const Grid& grid, const Tensor& out) 
     if (run.kind == Kind::added) places[run.source].push_back(grid.at(run.row, run.column));
   });
   const int64_t element = static_cast<int64_t>(out.element_size()), width = grid.width;
-  const auto kernel = sum_rows_kernels().sum[float_index(out.scalar_type())];
+  const auto kernel = sum_rows_kernels().sum[float_index(dtype_of(out))];
   const int64_t grain = copy_grain(prompts.positions() / out.size(0) * element);
   torch::stable::parallel_for(0, out.numel(), grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> splice_bwd(const Tensor& grad, const Tensor& 
                                               const Tensor& slots,
                                               const std::optional<Tensor>& new_ids, int64_t tokens,
                                               int64_t added, const std::vector<bool>& wanted) {
-  const ScalarType dtype = grad.scalar_type();
+  const ScalarType dtype = dtype_of(grad);
   float_index(dtype);  // refuses others
   const Grid grid(grad);
   const Prompts prompts(token_offsets, slots, new_ids, grid, tokens, added);

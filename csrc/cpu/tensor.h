@@ -57,7 +57,7 @@ inline Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return allocate(Sizes(sizes.begin(), sizes.size()), dtype);
 }
 
-inline Tensor allocate_like(const Tensor& x) { return allocate(x.sizes(), x.scalar_type()); }
+inline Tensor allocate_like(const Tensor& x) { return allocate(x.sizes(), dtype_of(x)); }
 
 // Offsets [B + 1] of a dtype that holds offsets.
 inline Tensor make_offsets(const std::vector<int64_t>& from, ScalarType dtype) {

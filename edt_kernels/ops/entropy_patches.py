@@ -34,10 +34,10 @@ _entropy_patches = define(
 
 class _EntropyPatches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, *cut: object) -> tuple[Tensor, ...]:
-        h, top, log_total, *patches = _entropy_patches(logits, *cut)
-        ctx.save_for_backward(logits, h, top, log_total, cut[0])
-        ctx.cut = cut[1:]
+    def forward(ctx, logits: Tensor, rest: tuple[object, ...]) -> tuple[Tensor, ...]:
+        h, top, log_total, *patches = _entropy_patches(logits, *rest)
+        offsets, *ctx.cut = rest
+        ctx.save_for_backward(logits, h, top, log_total, offsets)
         ctx.mark_non_differentiable(*patches)
         return h, *patches
 
@@ -45,11 +45,9 @@ class _EntropyPatches(torch.autograd.Function):
     def backward(ctx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         logits, h, top, log_total, offsets = ctx.saved_tensors
         if second_order():
-            return composite_backward(
-                reference.entropy_patches, (logits, offsets, *ctx.cut), (grad,)
-            )
-        dlogits = entropy_bwd(grad, logits, h, top, log_total, ctx.cut[0], offsets)
-        return dlogits, None, *(None for _ in ctx.cut)
+            inputs = (logits, offsets, *ctx.cut)
+            return composite_backward(reference.entropy_patches, inputs, (grad,))[0], None
+        return entropy_bwd(grad, logits, h, top, log_total, ctx.cut[0], offsets), None
 
 
 def entropy_patches(
@@ -100,7 +98,7 @@ def entropy_patches(
         capacity = cut.capacity(logits.shape[0], offsets.shape[0] - 1)
         arguments = (offsets, UNITS[unit], *cut, capacity)
         if needs_grad(logits):
-            h, *patches = _EntropyPatches.apply(logits, *arguments)
+            h, *patches = _EntropyPatches.apply(logits, arguments)
         else:
             h, _, _, *patches = _entropy_patches(logits, *arguments)
     except Exception:

@@ -14,12 +14,14 @@ from edt_kernels._library import define, kernel_checks
 from edt_kernels.reference.entropy import accumulation_dtype
 from edt_kernels.reference.find_patches import Rule
 
+# Plain ints: the dispatcher takes 0.8 us longer to read an IntEnum.
+LOCAL_MAX, RISING_EDGE, THRESHOLD, MONOTONIC = map(int, Rule)
 RULES = {
-    "local_max": Rule.LOCAL_MAX,
-    "rising_edge": Rule.RISING_EDGE,
-    "published": Rule.RISING_EDGE,
-    "threshold": Rule.THRESHOLD,
-    "monotonic": Rule.MONOTONIC,
+    "local_max": LOCAL_MAX,
+    "rising_edge": RISING_EDGE,
+    "published": RISING_EDGE,
+    "threshold": THRESHOLD,
+    "monotonic": MONOTONIC,
 }
 PUBLISHED_Q = 0.75
 
@@ -53,7 +55,7 @@ class Patches(NamedTuple):
 class Options(NamedTuple):
     """The checked options of a cut, as the ops take them."""
 
-    rule: Rule
+    rule: int
     level: float
     min_size: int
     max_size: int | None
@@ -61,20 +63,21 @@ class Options(NamedTuple):
 
     def capacity(self, rows: int, molecules: int) -> int:
         """The most patches that `rows` atoms in `molecules` molecules can give."""
+        rule, level, min_size, max_size, max_patches = self
         most = rows
-        if self.rule in (Rule.LOCAL_MAX, Rule.RISING_EDGE):
+        if rule in (LOCAL_MAX, RISING_EDGE):
             most = min(most, molecules + rows // 2)
-        if self.rule == Rule.RISING_EDGE:
+        if rule == RISING_EDGE:
             # Strictly above the quantile lie at most ceil((1 - q)(L - 1)) of L atoms; rounding
             # of the rank can add one.
-            share = math.ceil((1 - self.level) * 65536)
+            share = math.ceil((1 - level) * 65536)
             most = min(most, 2 * molecules + rows * share // 65536)
-        if self.min_size > 1:
-            most = min(most, molecules + rows // self.min_size)
-        if self.max_size is not None:
-            most = min(rows, most + rows // self.max_size)
-        if self.max_patches is not None:
-            most = min(most, molecules * self.max_patches)
+        if min_size > 1:
+            most = min(most, molecules + rows // min_size)
+        if max_size is not None:
+            most = min(rows, most + rows // max_size)
+        if max_patches is not None:
+            most = min(most, molecules * max_patches)
         return most
 
 

@@ -82,13 +82,10 @@ class _Insert(torch.autograd.Function):
     def forward(
         ctx,
         embeds: Tensor,
-        embed_offsets: Tensor,
         tokens: Tensor,
-        token_offsets: Tensor,
-        at: Tensor,
-        rows: Tensor | None,
-        labels: Tensor | None,
+        places: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        embed_offsets, token_offsets, at, rows, labels = places
         out = _insert(embeds, embed_offsets, tokens, token_offsets, at, rows, labels)
         ctx.save_for_backward(embed_offsets, token_offsets, at)
         ctx.sizes = embeds.shape[0], tokens.shape[0]
@@ -98,9 +95,9 @@ class _Insert(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         bwd = reference.insert_bwd if second_order() else _insert_bwd
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+        wanted = ctx.needs_input_grad[:2]
         embeds, tokens = bwd(grad, *ctx.saved_tensors, *ctx.sizes, wanted)
-        return (embeds if wanted[0] else None, None, tokens if wanted[1] else None, *[None] * 4)
+        return embeds if wanted[0] else None, tokens if wanted[1] else None, None
 
 
 def insert(
@@ -163,10 +160,12 @@ def insert(
     if not kernel_checks(embeds):
         _check_arguments(embeds, embed_offsets, tokens, token_offsets, at, rows, labels)
     try:
-        apply = _Insert.apply if needs_grad(embeds, tokens) else _insert
-        longer, offsets, positions, targets = apply(
-            *distinct(embeds, embed_offsets, tokens, token_offsets, at, rows, labels)
-        )
+        if needs_grad(embeds, tokens):
+            places = (embed_offsets, token_offsets, at, rows, labels)
+            inserted = _Insert.apply(*distinct(embeds, tokens), places)
+        else:
+            inserted = _insert(embeds, embed_offsets, tokens, token_offsets, at, rows, labels)
+        longer, offsets, positions, targets = inserted
     except Exception:
         _check_arguments(embeds, embed_offsets, tokens, token_offsets, at, rows, labels)
         _check.offsets_content("embed_offsets", embed_offsets, embeds.shape[0])

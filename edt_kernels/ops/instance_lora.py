@@ -65,8 +65,9 @@ _lora_many = define(
 class _InstanceLoRA(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, scale: float, base: Tensor | None
+        ctx, x: Tensor, a: Tensor, b: Tensor, base: Tensor | None, rest: tuple[Tensor, float]
     ) -> Tensor:
+        offsets, scale = rest
         out, shrunk = _lora(x, a, b, offsets, scale, base)
         ctx.save_for_backward(x, a, b, shrunk, offsets)
         ctx.scale = scale
@@ -75,7 +76,7 @@ class _InstanceLoRA(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, shrunk, offsets = ctx.saved_tensors
-        *wanted, _, _, need_base = ctx.needs_input_grad
+        *wanted, need_base, _ = ctx.needs_input_grad
         of_base = grad if need_base else None
         if second_order():
             inputs = (x, a, b, offsets, ctx.scale, None)
@@ -85,7 +86,7 @@ class _InstanceLoRA(torch.autograd.Function):
         else:
             found = (None, None, None)
         grads = (g if want else None for g, want in zip(found, wanted, strict=True))
-        return *grads, None, None, of_base
+        return *grads, of_base, None
 
 
 def instance_lora(
@@ -204,8 +205,7 @@ def _adapt(
     x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, scale: float, base: Tensor | None
 ) -> Tensor:
     if needs_grad(x, a, b, base):
-        x, a, b, offsets, base = distinct(x, a, b, offsets, base)
-        return _InstanceLoRA.apply(x, a, b, offsets, scale, base)
+        return _InstanceLoRA.apply(*distinct(x, a, b, base), (offsets, scale))
     return _lora(x, a, b, offsets, scale, base)[0]
 
 

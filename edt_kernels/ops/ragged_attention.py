@@ -128,10 +128,10 @@ _general_bwd = define(
 
 class _RaggedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, q_offsets, k_offsets, causal, scale):
-        out, lse = _attention(q, k, v, q_offsets, k_offsets, causal, scale)
+    def forward(ctx, q, k, v, rest):
+        out, lse = _attention(q, k, v, *rest)
+        q_offsets, k_offsets, *ctx.options = rest
         ctx.save_for_backward(q, k, v, q_offsets, k_offsets, lse)
-        ctx.options = (causal, scale)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -141,18 +141,18 @@ class _RaggedAttention(torch.autograd.Function):
         q, k, v, q_offsets, k_offsets = inputs
         if second_order():
             inputs = (*inputs, *ctx.options)
-            return composite_backward(reference, inputs, (grad, grad_lse))
+            return *composite_backward(reference, inputs, (grad, grad_lse))[:3], None
         grad = q.new_zeros(q.shape) if grad is None else grad
         grads = _attention_bwd(grad, grad_lse, q, k, v, lse, q_offsets, k_offsets, *ctx.options)
-        return *grads, None, None, None, None
+        return *grads, None
 
 
 class _RaggedAttentionGeneral(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, seed, q_offsets, k_offsets, *options):
-        out, lse, scores = _general(q, k, v, bias, seed, q_offsets, k_offsets, *options)
+    def forward(ctx, q, k, v, bias, rest):
+        out, lse, scores = _general(q, k, v, bias, *rest)
+        seed, q_offsets, k_offsets, *ctx.options = rest
         ctx.save_for_backward(q, k, v, bias, seed, q_offsets, k_offsets, lse)
-        ctx.options = options
         ctx.set_materialize_grads(False)
         return out, lse, scores
 
@@ -163,7 +163,7 @@ class _RaggedAttentionGeneral(torch.autograd.Function):
         if second_order():
             inputs = (*inputs, *ctx.options)
             grads = (grad, grad_lse, grad_scores)
-            return composite_backward(reference_general, inputs, grads)
+            return *composite_backward(reference_general, inputs, grads)[:4], None
         causal, scale, dropout_p, return_scores = ctx.options
         grad = q.new_zeros(q.shape) if grad is None else grad
         grad_scores = grad_scores if return_scores else None  # compiled code gives one all the same
@@ -171,7 +171,7 @@ class _RaggedAttentionGeneral(torch.autograd.Function):
             *(grad, grad_lse, grad_scores, q, k, v, bias, seed, lse),
             *(q_offsets, k_offsets, causal, scale, dropout_p),
         )
-        return dq, dk, dv, None if bias is None else dbias, *[None] * 7
+        return dq, dk, dv, None if bias is None else dbias, None
 
 
 def ragged_attention(
@@ -241,13 +241,17 @@ def ragged_attention(
         _check_options(q, scale, bias, dropout_p, seed, q_offsets.shape[0] - 1)
     try:
         if bias is None and not dropout_p and not return_scores:
-            apply = _RaggedAttention.apply if needs_grad(q, k, v) else _attention
-            out, lse = apply(*distinct(q, k, v, q_offsets, k_offsets), causal, scale)
+            rest = (q_offsets, k_offsets, causal, scale)
+            if needs_grad(q, k, v):
+                out, lse = _RaggedAttention.apply(*distinct(q, k, v), rest)
+            else:
+                out, lse = _attention(q, k, v, *rest)
         else:
-            apply = _RaggedAttentionGeneral.apply if needs_grad(q, k, v, bias) else _general
-            arguments = distinct(q, k, v, bias, seed, q_offsets, k_offsets)
-            options = (causal, scale, dropout_p, return_scores)
-            out, lse, scores = apply(*arguments, *options)
+            rest = (seed, q_offsets, k_offsets, causal, scale, dropout_p, return_scores)
+            if needs_grad(q, k, v, bias):
+                out, lse, scores = _RaggedAttentionGeneral.apply(*distinct(q, k, v, bias), rest)
+            else:
+                out, lse, scores = _general(q, k, v, bias, *rest)
     except Exception:
         _check_inputs(q, k, v, q_offsets, k_offsets)
         _check_options(q, scale, bias, dropout_p, seed, q_offsets.shape[0] - 1)

@@ -43,8 +43,7 @@ _ragged_cat_bwd = define(
 
 class _RaggedCat(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, count: int, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        parts, offsets = tensors[:count], tensors[count:]
+    def forward(ctx, offsets: tuple[Tensor | None, ...], *parts: Tensor) -> tuple[Tensor, Tensor]:
         out, joined = _ragged_cat(parts, offsets)
         ctx.save_for_backward(*offsets)
         ctx.rows = [part.shape[0] for part in parts]
@@ -54,10 +53,9 @@ class _RaggedCat(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _joined: Tensor | None) -> tuple[Tensor | None, ...]:
         bwd = reference.ragged_cat_bwd if second_order() else _ragged_cat_bwd
-        wanted = ctx.needs_input_grad[1 : 1 + len(ctx.rows)]
+        wanted = ctx.needs_input_grad[1:]
         found = bwd(grad, ctx.saved_tensors, ctx.rows, wanted)
-        parts = (part if want else None for part, want in zip(found, wanted, strict=True))
-        return None, *parts, *[None] * len(wanted)
+        return None, *(part if want else None for part, want in zip(found, wanted, strict=True))
 
 
 def ragged_cat(parts: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -96,7 +94,7 @@ def ragged_cat(parts: Sequence[Tensor], offsets: Sequence[Tensor | None]) -> tup
         _check_parts(parts, offsets)
     try:
         if needs_grad(*parts):
-            return _RaggedCat.apply(len(parts), *distinct(*parts, *offsets))
+            return _RaggedCat.apply(offsets, *distinct(*parts))
         return _ragged_cat(parts, offsets)
     except Exception:
         _check_parts(parts, offsets)

@@ -107,45 +107,43 @@ class _SegmentPool(torch.autograd.Function):
     def forward(
         ctx,
         values: Tensor,
-        offsets: Tensor,
-        order: Tensor | None,
         weight: Tensor | None,
-        mean: bool,
+        rest: tuple[Tensor, Tensor | None, bool],
     ) -> Tensor:
+        offsets, order, mean = rest
         # The values are kept for the gradient of the weight alone.
-        kept = values if ctx.needs_input_grad[3] else None
+        kept = values if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(kept, offsets, order, weight)
-        ctx.rows, ctx.mean = values.shape[0], mean
+        ctx.options = values.shape[0], mean
         return _pool(values, offsets, order, weight, mean)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, *places, weight = ctx.saved_tensors
+        rows, mean = ctx.options
         twice = second_order()
         of_values = of_weight = None
         if ctx.needs_input_grad[0]:
             bwd = reference.segment_pool_bwd if twice else _pool_bwd
-            of_values = bwd(grad, *places, weight, ctx.rows, ctx.mean)
-        if ctx.needs_input_grad[3]:
+            of_values = bwd(grad, *places, weight, rows, mean)
+        if ctx.needs_input_grad[1]:
             bwd = reference.segment_pool_weight_bwd if twice else _weight_bwd
-            of_weight = bwd(grad, values, *places, weight, ctx.mean)
-        return of_values, None, None, of_weight, None
+            of_weight = bwd(grad, values, *places, weight, mean)
+        return of_values, of_weight, None
 
 
 class _SegmentExtreme(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, values: Tensor, offsets: Tensor, order: Tensor | None, largest: bool
-    ) -> Tensor:
-        out, source = _extreme(values, offsets, order, largest)
-        ctx.save_for_backward(source, offsets, order)
+    def forward(ctx, values: Tensor, rest: tuple[Tensor, Tensor | None, bool]) -> Tensor:
+        out, source = _extreme(values, *rest)
+        ctx.save_for_backward(source, *rest[:2])
         ctx.rows = values.shape[0]
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         bwd = reference.segment_extreme_bwd if second_order() else _extreme_bwd
-        return bwd(grad, *ctx.saved_tensors, ctx.rows), None, None, None
+        return bwd(grad, *ctx.saved_tensors, ctx.rows), None
 
 
 def segment_pool(
@@ -250,12 +248,14 @@ def _reduce(
 ) -> Tensor:
     """`segment_pool` of arguments that were checked, or that the kernel will check."""
     if reduce == "mean" or reduce == "sum":
-        pool = _SegmentPool.apply if needs_grad(values, weight) else _pool
-        return pool(*distinct(values, offsets, order, weight), reduce == "mean")
+        mean = reduce == "mean"
+        if needs_grad(values, weight):
+            return _SegmentPool.apply(*distinct(values, weight), (offsets, order, mean))
+        return _pool(values, offsets, order, weight, mean)
     if weight is not None or (reduce != "max" and reduce != "min"):
         raise ValueError("reduce")  # the checks of the public functions say it well
     if needs_grad(values):
-        return _SegmentExtreme.apply(values, offsets, order, reduce == "max")
+        return _SegmentExtreme.apply(values, (offsets, order, reduce == "max"))
     return _extreme(values, offsets, order, reduce == "max")[0]
 
 

@@ -60,11 +60,10 @@ class _Splice(torch.autograd.Function):
         ctx,
         embeds: Tensor,
         tokens: Tensor,
-        token_offsets: Tensor,
-        slots: Tensor,
         new_rows: Tensor | None,
-        new_ids: Tensor | None,
+        places: tuple[Tensor, Tensor, Tensor | None],
     ) -> Tensor:
+        token_offsets, slots, new_ids = places
         ctx.save_for_backward(token_offsets, slots, new_ids)
         ctx.sizes = tokens.shape[0], 0 if new_rows is None else new_rows.shape[0]
         return _splice(embeds, tokens, token_offsets, slots, new_rows, new_ids)
@@ -72,12 +71,9 @@ class _Splice(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         bwd = reference.splice_bwd if second_order() else _splice_bwd
-        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+        wanted = ctx.needs_input_grad[:3]
         found = bwd(grad, *ctx.saved_tensors, *ctx.sizes, wanted)
-        embeds, tokens, new_rows = (
-            g if want else None for g, want in zip(found, wanted, strict=True)
-        )
-        return embeds, tokens, None, None, new_rows, None
+        return *(g if want else None for g, want in zip(found, wanted, strict=True)), None
 
 
 def splice(
@@ -128,8 +124,10 @@ def splice(
         _check_tokens(embeds, tokens, token_offsets, slots)
         _check_new(embeds, new_rows, new_ids)
     try:
-        apply = _Splice.apply if needs_grad(embeds, tokens, new_rows) else _splice
-        return apply(*distinct(embeds, tokens, token_offsets, slots, new_rows, new_ids))
+        if needs_grad(embeds, tokens, new_rows):
+            places = (token_offsets, slots, new_ids)
+            return _Splice.apply(*distinct(embeds, tokens, new_rows), places)
+        return _splice(embeds, tokens, token_offsets, slots, new_rows, new_ids)
     except Exception:
         _check_tokens(embeds, tokens, token_offsets, slots)
         _check_new(embeds, new_rows, new_ids)
