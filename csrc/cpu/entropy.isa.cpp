@@ -22,11 +22,13 @@ template <class S, class W = Wide<S>>
 EDT_INLINE Sums<W> long_row(const S* row, int64_t v) {
   constexpr int n = kLanes<W>;
   Sums<W> sums;
+  const auto add = [&](const Rows<S>& blocks)
+                       __attribute__((always_inline)) { sums = sums + blocks.sums(blocks.top()); };
   for (; v >= n * kBlock<W>; v -= n * kBlock<W>, row += n * kBlock<W>)
-    sums = sums + sum_rows(Rows<S>{row, kBlock<W>, kBlock<W>, n});
+    add({row, kBlock<W>, kBlock<W>, n});
   const int64_t block = v / n, rest = v % n;
-  if (block) sums = sums + sum_rows(Rows<S>{row, block, block, n});
-  if (rest) sums = sums + sum_rows(Rows<S>{row + v - rest, rest, rest, 1});
+  if (block) add({row, block, block, n});
+  if (rest) add({row + v - rest, rest, rest, 1});
   const Sums<W> lanes = sums.at(broadcast(reduce_max<W>(sums.top)));
   return {lanes.top, broadcast(reduce_sum<W>(lanes.total)), broadcast(reduce_sum<W>(lanes.moment))};
 }
@@ -36,28 +38,22 @@ void forward(const void* logits, int64_t rows, int64_t v, double scale, void* h,
              void* log_total) {
   using W = Wide<S>;
   constexpr int n = kLanes<W>;
-  for (int64_t begin = 0; begin < rows; begin += n) {
-    const int64_t count = rows - begin < n ? rows - begin : n;
-    const S* first = static_cast<const S*>(logits) + begin * v;
-    Sums<W> sums;
-    if (v <= kShort)
-      sums = sum_rows(Rows<S>{first, v, v, count});
-    else
-      for (int i = 0; i < count; ++i) {
-        const Sums<W> row = long_row(first + i * v, v);
-        sums.top[i] = row.top[0], sums.total[i] = row.total[0], sums.moment[i] = row.moment[0];
-      }
+  const S* from = static_cast<const S*>(logits);
+  const auto write = [=](int64_t row, const Sums<W>& sums) __attribute__((always_inline)) {
     const Vec<W> log_totals = log<W>(sums.total);
-    const auto write = [=](void* to, Vec<W> x) __attribute__((always_inline)) {
-      W* at = static_cast<W*>(to) + begin;
-      if (count == n) return store(at, x);
-      W copy[n];
-      store(copy, x);
-      __builtin_memcpy(at, copy, count * sizeof(W));
-    };
-    write(h, static_cast<W>(scale) * (log_totals - sums.moment / sums.total));
-    write(top, sums.top);
-    write(log_total, log_totals);
+    const Vec<W> entropy = static_cast<W>(scale) * (log_totals - sums.moment / sums.total);
+    store_first(static_cast<W*>(h) + row, entropy, rows - row);
+    store_first(static_cast<W*>(top) + row, sums.top, rows - row);
+    store_first(static_cast<W*>(log_total) + row, log_totals, rows - row);
+  };
+  if (v <= kShort) return sum_rows(from, v, v, rows, write);
+  for (int64_t r = 0; r < rows; r += n) {
+    Sums<W> sums;
+    for (int64_t i = 0; i < n && r + i < rows; ++i) {
+      const Sums<W> row = long_row(from + (r + i) * v, v);
+      sums.top[i] = row.top[0], sums.total[i] = row.total[0], sums.moment[i] = row.moment[0];
+    }
+    write(r, sums);
   }
 }
 

@@ -73,11 +73,11 @@ Matrix<T> read_rows(const void* from, int64_t begin, int64_t count, int64_t widt
   return {copy, stride};
 }
 
-// The B of a product: rows of `cols` numbers, or strips of their columns one after the other.
+// The B of a product: rows, or strips of their columns one after the other.
 template <class T>
 struct Strips {
   Matrix<T> rows;
-  int64_t step;  // to the next strip
+  int64_t step;  // to the next strip; 0 if there is but one
 
   // Copies the rows.
   static Strips pack(Matrix<T> from, int64_t rows, int64_t cols, T* to) {
@@ -93,16 +93,17 @@ struct Strips {
 
   // Copies wide rows.
   static Strips of(Matrix<T> from, int64_t rows, int64_t cols, T* to) {
-    return cols > kWide ? pack(from, rows, cols, to) : Strips{from, kStrip<T>};
+    return cols > kWide ? pack(from, rows, cols, to) : Strips{from, 0};
   }
 
   // The transpose of `count` rows of `cols` numbers.
   static Strips transposed(Matrix<T> from, int64_t count, int64_t cols, T* to) {
-    for (int64_t j = 0; j < count; j += kStrip<T>)
+    const bool narrow = cols <= kWide;
+    const int64_t width = narrow ? padded<T>(count) : kStrip<T>;
+    for (int64_t j = 0; j < count; j += width)
       transpose(Matrix<T>{from.data + j * from.stride, from.stride},
-                count - j < kStrip<T> ? count - j : kStrip<T>, cols,
-                Matrix<T>{to + j * cols, kStrip<T>});
-    return {{to, kStrip<T>}, cols * kStrip<T>};
+                count - j < width ? count - j : width, cols, Matrix<T>{to + j * cols, width});
+    return {{to, width}, narrow ? 0 : cols * kStrip<T>};
   }
 };
 
@@ -110,6 +111,7 @@ struct Strips {
 template <bool ADD, class T>
 void multiply_strips(Factor<T> a, Strips<T> b, Matrix<T> c, int64_t rows, int64_t cols,
                      int64_t depth) {
+  if (b.step == 0) return multiply<ADD>(a, b.rows, c, rows, cols, depth);
   for (; cols > 0; cols -= kStrip<T>) {
     multiply<ADD>(a, b.rows, c, rows, cols < kStrip<T> ? cols : kStrip<T>, depth);
     b.rows.data += b.step;
@@ -163,23 +165,6 @@ EDT_INLINE Matrix<T> rows_from(Matrix<T> x, int64_t row) {
   return {x.data + row * x.stride, x.stride};
 }
 
-// The first `count` numbers of a vector.
-template <class T>
-EDT_INLINE void store_first(T* to, Vec<T> x, int64_t count) {
-  if (count >= kLanes<T>) return store(to, x);
-  T copy[kLanes<T>];
-  store(copy, x);
-  std::memcpy(to, copy, count * sizeof(T));
-}
-
-template <class T>
-EDT_INLINE Vec<T> load_first(const T* from, int64_t count) {
-  if (count >= kLanes<T>) return load(from);
-  T copy[kLanes<T>] = {};
-  std::memcpy(copy, from, count * sizeof(T));
-  return load(copy);
-}
-
 template <class S, class T = typename ComputeType<S>::type>
 void forward(const LinearEntropy& x, int64_t first, int64_t last, int64_t begin, int64_t end,
              void* sums, void* memory) {
@@ -196,11 +181,10 @@ void forward(const LinearEntropy& x, int64_t first, int64_t last, int64_t begin,
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t block = rows - i < kRows ? rows - i : kRows;
         panel.multiply_rows(rows_from(hidden, i), block, scratch.logits);
-        for (int64_t j = 0; j < block; j += n) {
-          const Rows<T> tile{scratch.logits + j * kPanel, kPanel, panel.columns,
-                             block - j < n ? block - j : n};
-          state[(i + j) / n] = state[(i + j) / n] + sum_rows(tile);
-        }
+        const auto add = [&](int64_t row, const Sums<T>& sums) __attribute__((always_inline)) {
+          state[(i + row) / n] = state[(i + row) / n] + sums;
+        };
+        sum_rows(scratch.logits, kPanel, panel.columns, block, add);
       }
     }
     T* to = static_cast<T*>(sums) + r;
@@ -262,7 +246,7 @@ void backward(const LinearEntropy& x, const LinearEntropyShare& share, void* mem
     for (int64_t token = share.first; token < share.last; token += kPanel) {
       const Panel<S, T> panel(x, token, share.last, scratch);
       const auto weight =
-          need_hidden ? Strips<T>::pack(panel.weight, panel.tokens, width, scratch.weight_strips)
+          need_hidden ? Strips<T>::of(panel.weight, panel.tokens, width, scratch.weight_strips)
                       : Strips<T>{};
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t block = rows - i < kRows ? rows - i : kRows;

@@ -33,17 +33,22 @@ struct Sums {
   }
 };
 
-// Some rows of v logits, a stride apart; no more than there are lanes.
-template <class S>
-struct Rows {
-  const S* data;
-  int64_t stride, v, count;
+// The first `count` numbers of a vector.
+template <class T>
+EDT_INLINE void store_first(T* to, Vec<T> x, int64_t count) {
+  if (count >= kLanes<T>) return store(to, x);
+  T copy[kLanes<T>];
+  store(copy, x);
+  std::memcpy(to, copy, count * sizeof(T));
+}
 
-  // The last one is read in the place of those that do not exist.
-  EDT_INLINE const S* operator[](int64_t i) const {
-    return data + (i < count ? i : count - 1) * stride;
-  }
-};
+template <class T>
+EDT_INLINE Vec<T> load_first(const T* from, int64_t count) {
+  if (count >= kLanes<T>) return load(from);
+  T copy[kLanes<T>] = {};
+  std::memcpy(copy, from, count * sizeof(T));
+  return load(copy);
+}
 
 // What lies between whole vectors and the end of a row of v numbers: the last vector that the row
 // has, of which `seen` lanes were there before, or a short row filled up. kNothing is in lanes that
@@ -60,53 +65,82 @@ EDT_INLINE Vec<T> read_end(const S* row, int64_t v) {
   return iota<T>() >= seen ? load(row + v - n) : broadcast(kNothing<T>);
 }
 
-// Two rows go side by side: their steps overlap, and a row has the same bits beside any other.
-template <class S, class T = typename ComputeType<S>::type>
-EDT_INLINE Sums<T> sum_rows(const Rows<S>& rows) {
-  constexpr int n = kLanes<T>;
-  const int64_t v = rows.v, whole = v - v % n;
+// Some rows of v logits, a stride apart; no more than there are lanes.
+template <class S>
+struct Rows {
+  using T = typename ComputeType<S>::type;
+  static constexpr int n = kLanes<T>;
 
-  Vec<T> lanes[n], moments[n];
-  for (int64_t i = 0; i < n; ++i) {
-    lanes[i] = broadcast(kNothing<T>);
-    if (i >= rows.count) continue;
-    const S* row = rows[i];
-    for (int64_t j = 0; j < whole; j += n) lanes[i] = max(load(row + j), lanes[i]);
-    if (whole < v) lanes[i] = max(read_end(row, v), lanes[i]);
+  const S* data;
+  int64_t stride, v, count;
+
+  // The last one is read in the place of those that do not exist.
+  EDT_INLINE const S* operator[](int64_t i) const {
+    return data + (i < count ? i : count - 1) * stride;
   }
-  Sums<T> sums;
-  sums.top = max_each<T>(lanes);
 
-  T bases[n];
-  store(bases, sums.base());
-  for (int64_t i = 0; i < n; ++i) lanes[i] = moments[i] = Vec<T>{};
-  for (int64_t i = 0; i < rows.count; i += 2) {
-    const S* row[] = {rows[i], rows[i + 1]};
-    const Vec<T> base[] = {broadcast(bases[i]), broadcast(bases[i + 1])};
-    Vec<T> total[2] = {}, moment[2] = {};
-    const auto add = [&](Vec<T> a, Vec<T> b) __attribute__((always_inline)) {
-      const Vec<T> shifted[] = {finite<T>(a - base[0]), finite<T>(b - base[1])};
-      Vec<T> weight[2];
-      exp_falling<T>(shifted, weight);
-#pragma GCC unroll 2
-      for (int k = 0; k < 2; ++k) {
-        total[k] += weight[k];
-        moment[k] = fma(weight[k], shifted[k], moment[k]);
-      }
-    };
-    for (int64_t j = 0; j < whole; j += n) {
-      // What follows is needed next.
-      __builtin_prefetch(row[0] + n * rows.stride + j);
-      __builtin_prefetch(row[1] + n * rows.stride + j);
-      add(load(row[0] + j), load(row[1] + j));
+  EDT_INLINE int64_t whole() const { return v - v % n; }
+
+  // m, a row in every lane.
+  EDT_INLINE Vec<T> top() const {
+    Vec<T> lanes[n];
+    for (int64_t i = 0; i < n; ++i) {
+      const S* row = (*this)[i];
+      lanes[i] = whole() < v ? read_end(row, v) : broadcast(kNothing<T>);
+      for (int64_t j = 0; j < whole(); j += n) lanes[i] = max(load(row + j), lanes[i]);
     }
-    if (whole < v) add(read_end(row[0], v), read_end(row[1], v));
-#pragma GCC unroll 2
-    for (int k = 0; k < 2; ++k) lanes[i + k] = total[k], moments[i + k] = moment[k];
+    return first<T>(max_each<T>(lanes), count, kNothing<T>);
   }
-  sums.total = first<T>(sum_each<T>(lanes), rows.count, 0);
-  sums.moment = first<T>(sum_each<T>(moments), rows.count, 0);
-  return sums;
+
+  // Two rows go side by side: their steps overlap, and a row has the same bits beside any other.
+  EDT_INLINE Sums<T> sums(Vec<T> top) const {
+    Sums<T> sums{top};
+    T bases[n];
+    store(bases, sums.base());
+    Vec<T> totals[n], moments[n];
+    for (int64_t i = 0; i < n; ++i) totals[i] = moments[i] = Vec<T>{};
+    for (int64_t i = 0; i < count; i += 2) {
+      const S* row[] = {(*this)[i], (*this)[i + 1]};
+      const Vec<T> base[] = {broadcast(bases[i]), broadcast(bases[i + 1])};
+      Vec<T> total[2] = {}, moment[2] = {};
+      const auto add = [&](Vec<T> a, Vec<T> b) __attribute__((always_inline)) {
+        const Vec<T> shifted[] = {finite<T>(a - base[0]), finite<T>(b - base[1])};
+        Vec<T> weight[2];
+        exp_falling<T>(shifted, weight);
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+          total[k] += weight[k];
+          moment[k] = fma(weight[k], shifted[k], moment[k]);
+        }
+      };
+      for (int64_t j = 0; j < whole(); j += n) {
+        add(load(row[0] + j), load(row[1] + j));
+      }
+      if (whole() < v) add(read_end(row[0], v), read_end(row[1], v));
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) totals[i + k] = total[k], moments[i + k] = moment[k];
+    }
+    sums.total = first<T>(sum_each<T>(totals), count, 0);
+    sums.moment = first<T>(sum_each<T>(moments), count, 0);
+    return sums;
+  }
+};
+
+// visit(first row, sums) for `count` rows of v logits, a stride apart, as many at a time as there
+// are lanes. Some maxima come first: so their latency is met once for all of them.
+template <class S, class F>
+EDT_INLINE void sum_rows(const S* data, int64_t stride, int64_t v, int64_t count, F visit) {
+  using T = typename ComputeType<S>::type;
+  constexpr int n = kLanes<T>, kGroups = 4;
+  const auto rows = [=](int64_t first) __attribute__((always_inline)) {
+    return Rows<S>{data + first * stride, stride, v, count - first < n ? count - first : n};
+  };
+  for (int64_t i = 0; i < count; i += kGroups * n) {
+    const int64_t end = count - i < kGroups * n ? count : i + kGroups * n;
+    Vec<T> tops[kGroups];
+    for (int64_t j = i; j < end; j += n) tops[(j - i) / n] = rows(j).top();
+    for (int64_t j = i; j < end; j += n) visit(j, rows(j).sums(tops[(j - i) / n]));
+  }
 }
 
 // What the gradient of a row takes: -g p (scale ln p + h)

@@ -153,10 +153,12 @@ EDT_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
-// GCC 12 converts vectors of 512 bits in halves.
+// GCC 12 converts long vectors in halves.
 EDT_INLINE Words to_words(Halves x) {
 #if defined(EDT_ISA_avx512)
   return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(EDT_ISA_avx2)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)x);
 #else
   return __builtin_convertvector(x, Words);
 #endif
@@ -167,6 +169,16 @@ EDT_INLINE Halves to_halves(Words x) {
   return (Halves)_mm512_cvtepi32_epi16((__m512i)x);
 #else
   return __builtin_convertvector(x, Halves);
+#endif
+}
+
+// Of words that are no longer than halves.
+EDT_INLINE Halves pack_halves(Words x) {
+#if defined(EDT_ISA_avx2)
+  return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x),
+                                  _mm256_extracti128_si256((__m256i)x, 1));
+#else
+  return to_halves(x);
 #endif
 }
 
@@ -181,7 +193,7 @@ EDT_INLINE void store(BFloat16* to, Vec<float> x) {
   const Words bits = (Words)x;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words quiet_nan = Words{} + 0x7fc0;
-  const Halves out = to_halves((Words)(x == x ? rounded : quiet_nan));
+  const Halves out = pack_halves((Words)(x == x ? rounded : quiet_nan));
   __builtin_memcpy(to, &out, sizeof out);
 }
 
