@@ -41,7 +41,8 @@ def test_entropy(contest, case, dtype, backward):
         task,
         [
             task.contender(OURS, edt_kernels.entropy),
-            task.contender("log_softmax", from_log_softmax),
+            # ln p rounded to bf16 costs it a twentieth of the largest gradient at V=32000
+            task.contender("log_softmax", from_log_softmax, optional=True),
             task.contender("softmax, clamp, log", from_clamped_softmax),
             task.contender("Categorical", from_distribution),
             task.contender("compiled", compiled(from_log_softmax), optional=True),

@@ -1,131 +1,77 @@
-// A row is read twice: for its maximum m, and for S = sum e^(x-m) and T = sum e^(x-m) (x-m), from
-// which H = ln S - T / S. Rows never meet, so their bits do not depend on the batch.
+// Rows of some hundred logits are read several at a time, longer ones in as many blocks, each from
+// memory once: for the maxima, and from the L1 cache for the sums. Rows never meet, so their bits
+// do not depend on the batch.
 #include "entropy.h"
 
-#include "half.h"
+#include "logit_rows.h"
 
 namespace edt {
 namespace {
 
-template <class T>
-struct Wide {
-  using Type = float;
-};
-template <>
-struct Wide<double> {
-  using Type = double;
-};
-template <class T>
-using Wider = typename Wide<T>::Type;
+template <class S>
+using Wide = typename ComputeType<S>::type;
 
+// Logits of a short row; a lane adds up no more than 64 of a block, so that long rows lose no
+// digits.
+constexpr int64_t kShort = 512;
 template <class W>
-constexpr W kNothing = -__builtin_huge_val();  // a logit of probability 0
+constexpr int64_t kBlock = (sizeof(W) == 4 ? 32 : 16) * kLanes<W>;
 
-// x where e^x is not 0, and no infinity elsewhere: e^x x is then 0 at -inf.
-template <class W>
-EDT_INLINE Vec<W> finite(Vec<W> x) {
-  return max(x, broadcast(Float<W>::kExpMin));
-}
-
-// Calls visit(numbers) for the row's vectors in order. The last one reaches back over
-// lanes that were visited before, which hold kNothing; a short row is one vector filled up.
-template <class T, class F>
-EDT_INLINE void visit_row(const T* row, int64_t v, F visit) {
-  using W = Wider<T>;
+// m, S and T of one row in the first lane.
+template <class S, class W = Wide<S>>
+EDT_INLINE Sums<W> long_row(const S* row, int64_t v) {
   constexpr int n = kLanes<W>;
-  if (v < n) {
-    T copy[n] = {};
-    __builtin_memcpy(copy, row, v * sizeof(T));
-    visit(first<W>(load(copy), v, kNothing<W>));
-    return;
-  }
-  int64_t i = 0;
-  for (; i + n <= v; i += n) visit(load(row + i));
-  if (i < v) {
-    const auto seen = static_cast<typename Float<W>::Int>(i - (v - n));
-    visit(iota<W>() >= seen ? load(row + v - n) : broadcast(kNothing<W>));
-  }
+  Sums<W> sums;
+  const auto add = [&](const Rows<S>& blocks)
+                       __attribute__((always_inline)) { sums = sums + blocks.sums(blocks.top()); };
+  for (; v >= n * kBlock<W>; v -= n * kBlock<W>, row += n * kBlock<W>)
+    add({row, kBlock<W>, kBlock<W>, n});
+  const int64_t block = v / n, rest = v % n;
+  if (block) add({row, block, block, n});
+  if (rest) add({row + v - rest, rest, rest, 1});
+  const Sums<W> lanes = sums.at(broadcast(reduce_max<W>(sums.top)));
+  return {lanes.top, broadcast(reduce_sum<W>(lanes.total)), broadcast(reduce_sum<W>(lanes.moment))};
 }
 
-template <class T>
-EDT_INLINE Wider<T> row_max(const T* row, int64_t v) {
-  using W = Wider<T>;
-  Vec<W> top = broadcast(kNothing<W>);
-  visit_row(row, v, [&](Vec<W> x) __attribute__((always_inline)) { top = max(x, top); });
-  return reduce_max<W>(top);
-}
-
-// Partial sums of 64 vectors are added up in a second level, so that long rows lose no digits.
-constexpr int kBlock = 64;
-
-template <class T>
-EDT_INLINE void row_sums(const T* row, int64_t v, Wider<T> top, Wider<T>* total, Wider<T>* moment) {
-  using W = Wider<T>;
-  Vec<W> s{}, t{}, block_s{}, block_t{};
-  int in_block = 0;
-  visit_row(row, v, [&](Vec<W> x) __attribute__((always_inline)) {
-    const Vec<W> shifted = x - top;
-    const Vec<W> weight = exp<W>(shifted);
-    block_s += weight;
-    block_t += weight * finite<W>(shifted);
-    if (++in_block == kBlock) {
-      s += block_s;
-      t += block_t;
-      block_s = block_t = Vec<W>{};
-      in_block = 0;
-    }
-  });
-  *total = reduce_sum<W>(s + block_s);
-  *moment = reduce_sum<W>(t + block_t);
-}
-
-template <class T>
+template <class S>
 void forward(const void* logits, int64_t rows, int64_t v, double scale, void* h, void* top,
              void* log_total) {
-  using W = Wider<T>;
+  using W = Wide<S>;
   constexpr int n = kLanes<W>;
-  for (int64_t begin = 0; begin < rows; begin += n) {
-    const int64_t count = rows - begin < n ? rows - begin : n;
-    W tops[n], totals[n], moments[n];
-    for (int j = 0; j < n; ++j) totals[j] = 1, moments[j] = 0;
-    for (int j = 0; j < count; ++j) {
-      const T* row = static_cast<const T*>(logits) + (begin + j) * v;
-      tops[j] = row_max(row, v);
-      row_sums(row, v, tops[j], &totals[j], &moments[j]);
+  const S* from = static_cast<const S*>(logits);
+  const auto write = [=](int64_t row, const Sums<W>& sums) __attribute__((always_inline)) {
+    const Vec<W> log_totals = log<W>(sums.total);
+    const Vec<W> entropy = static_cast<W>(scale) * (log_totals - sums.moment / sums.total);
+    store_first(static_cast<W*>(h) + row, entropy, rows - row);
+    store_first(static_cast<W*>(top) + row, sums.top, rows - row);
+    store_first(static_cast<W*>(log_total) + row, log_totals, rows - row);
+  };
+  if (v <= kShort) return sum_rows(from, v, v, rows, write);
+  for (int64_t r = 0; r < rows; r += n) {
+    Sums<W> sums;
+    for (int64_t i = 0; i < n && r + i < rows; ++i) {
+      const Sums<W> row = long_row(from + (r + i) * v, v);
+      sums.top[i] = row.top[0], sums.total[i] = row.total[0], sums.moment[i] = row.moment[0];
     }
-    const Vec<W> log_totals = log<W>(load(totals));
-    store(moments, static_cast<W>(scale) * (log_totals - load(moments) / load(totals)));
-    store(totals, log_totals);
-    __builtin_memcpy(static_cast<W*>(h) + begin, moments, count * sizeof(W));
-    __builtin_memcpy(static_cast<W*>(top) + begin, tops, count * sizeof(W));
-    __builtin_memcpy(static_cast<W*>(log_total) + begin, totals, count * sizeof(W));
+    write(r, sums);
   }
 }
 
-template <class T>
+template <class S>
 void backward(const void* grad, const void* logits, const void* h, const void* top,
               const void* log_total, int64_t rows, int64_t v, double scale, void* dlogits) {
-  using W = Wider<T>;
-  constexpr int n = kLanes<W>;
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* row = static_cast<const T*>(logits) + r * v;
-    T* out = static_cast<T*>(dlogits) + r * v;
-    const W g = static_cast<const W*>(grad)[r], entropy = static_cast<const W*>(h)[r];
-    const W m = static_cast<const W*>(top)[r], log_s = static_cast<const W*>(log_total)[r];
-    const auto slope = [=](Vec<W> x) __attribute__((always_inline)) {
-      const Vec<W> log_p = x - m - log_s;
-      return -g * exp<W>(log_p) *
-             fma(finite<W>(log_p), broadcast(static_cast<W>(scale)), broadcast(entropy));
-    };
-    if (v < n) {
-      T copy[n] = {};
-      __builtin_memcpy(copy, row, v * sizeof(T));
-      store(copy, slope(load(copy)));
-      __builtin_memcpy(out, copy, v * sizeof(T));
-      continue;
-    }
-    for (int64_t i = 0; i + n <= v; i += n) store(out + i, slope(load(row + i)));
-    store(out + v - n, slope(load(row + v - n)));
+  using W = Wide<S>;
+  const S* from = static_cast<const S*>(logits);
+  S* to = static_cast<S*>(dlogits);
+  const auto slope = [=](int64_t row) __attribute__((always_inline)) {
+    return Slope<W>(grad, h, top, log_total, scale, row);
+  };
+  int64_t r = 0;
+  for (; r + 2 <= rows; r += 2, from += 2 * v, to += 2 * v)
+    write_slopes<S>({slope(r), slope(r + 1)}, {from, from + v}, {to, to + v}, v);
+  if (r < rows) {
+    const int64_t part = v < 2 * kLanes<W> ? v : (v + 1) / 2, second = v - part;
+    write_slopes<S>({slope(r), slope(r)}, {from, from + second}, {to, to + second}, part);
   }
 }
 

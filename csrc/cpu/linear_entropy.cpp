@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
 
@@ -13,6 +14,9 @@ namespace edt {
 namespace {
 
 constexpr int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
+constexpr int64_t kTasks = 32;       // that sums over rows and over tokens are cut into, about
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const LinearEntropyKernels& kernels_for(ScalarType dtype) {
   const LinearEntropyTable& table = linear_entropy_kernels();
@@ -43,19 +47,25 @@ LinearEntropy describe(const Tensor& hidden, const Tensor& weight,
   LinearEntropy x{};
   x.hidden = hidden.data_ptr(), x.weight = weight.data_ptr();
   x.bias = bias ? bias->data_ptr() : nullptr;
-  x.width = weight.size(1), x.tokens = weight.size(0), x.scale = scale;
+  x.rows = h.numel(), x.width = weight.size(1), x.tokens = weight.size(0), x.scale = scale;
   x.h = h.data_ptr(), x.top = top.data_ptr(), x.log_total = log_total.data_ptr();
   return x;
 }
 
-// kernel(x, rows, scratch) on all rows.
-void for_rows(const LinearEntropyKernels& kernels, LinearEntropyKernels::Rows kernel,
-              const LinearEntropy& x, int64_t rows) {
-  const int64_t grain = 1 + kGrain / (x.width * x.tokens + 1);
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    kernel(x, begin, end, thread_scratch(kernels.scratch_bytes(x)));
-  });
-}
+// Tokens go in spans of whole panels, whose number depends on V alone: threads share many tokens
+// like many rows, and what a row gets depends on neither.
+struct Spans {
+  int64_t tokens, size, count;
+
+  Spans(const LinearEntropyKernels& kernels, const LinearEntropy& x) : tokens(x.tokens) {
+    const int64_t panels = divide_up(tokens, kernels.panel);
+    size = divide_up(panels, kTasks) * kernels.panel;
+    count = divide_up(tokens, size);
+  }
+
+  int64_t begin(int64_t span) const { return span * size; }
+  int64_t end(int64_t span) const { return std::min(tokens, (span + 1) * size); }
+};
 
 std::tuple<Tensor, Tensor, Tensor> linear_entropy(Tensor hidden, Tensor weight,
                                                   std::optional<Tensor> bias, double scale) {
@@ -68,41 +78,83 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy(Tensor hidden, Tensor weight,
   const Tensor h = allocate(shape, type), top = allocate(shape, type);
   const Tensor log_total = allocate(shape, type);
   const auto x = describe(hidden, weight, bias, scale, h, top, log_total);
-  for_rows(kernels, kernels.forward, x, h.numel());
+  const Spans spans(kernels, x);
+  const Tensor sums = allocate({spans.count, 3, x.rows}, type);
+  const int64_t grain = 1 + kGrain / (x.width * spans.size + 1);
+  // Rows of the first span, rows of the second, ...
+  torch::stable::parallel_for(0, spans.count * x.rows, grain, [&](int64_t begin, int64_t end) {
+    void* scratch = thread_scratch(kernels.scratch_bytes(x));
+    while (begin < end) {
+      const int64_t s = begin / x.rows, row = begin - s * x.rows;
+      const int64_t last = std::min(x.rows, row + end - begin);
+      kernels.forward(x, spans.begin(s), spans.end(s), row, last, at(sums, 3 * s * x.rows),
+                      scratch);
+      begin += last - row;
+    }
+  });
+  torch::stable::parallel_for(0, x.rows, kGrain / 16, [&](int64_t begin, int64_t end) {
+    kernels.finish(x, sums.data_ptr(), spans.count, begin, end);
+  });
   return {h, top, log_total};
 }
 
-// Sums over rows for the weight and the bias: one task is a panel and a part of the rows. How many
-// parts there are depends on shapes alone, so threads do not change the sums.
-std::tuple<Tensor, Tensor> weight_gradients(const LinearEntropyKernels& kernels,
-                                            const LinearEntropy& x, int64_t rows,
-                                            ScalarType dtype) {
-  constexpr int64_t kTasks = 16, kLeastRows = 1024;
-  const int64_t panels = (x.tokens + kernels.panel - 1) / kernels.panel;
-  const int64_t wanted = std::min((kTasks + panels - 1) / panels, rows / kLeastRows + 1);
-  const int64_t part = (rows + wanted - 1) / wanted;
-  const ScalarType type = row_type(dtype);
-  const Tensor dweights = allocate({wanted, x.tokens, x.width}, type);
-  const Tensor dbiases = allocate({wanted, x.tokens}, type);
+// Writes dhidden where x has it, and dweight and dbias if they are `wanted`. One task is some
+// tokens and some rows; the sums over tokens, for dhidden, and over rows, for the others, are added
+// up from the parts of the tasks. How many there are depends on shapes alone.
+void gradients(const LinearEntropyKernels& kernels, const LinearEntropy& x, bool wanted,
+               const Tensor& dhidden, const Tensor& dweight, const Tensor& dbias) {
+  constexpr int64_t kLeastRows = 480;
+  const ScalarType dtype = dhidden.scalar_type(), type = row_type(dtype);
+  const auto padded = [&](int64_t n) { return divide_up(n, kernels.lanes) * kernels.lanes; };
+  const int64_t width = padded(x.width), tokens = padded(x.tokens);
+  const Spans spans(kernels, x);
+  const bool by_spans = x.dhidden && spans.count > 1;
 
-  torch::stable::parallel_for(0, wanted * panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t c = task / panels, token = task % panels * kernels.panel;
-      kernels.backward_weight(x, token, std::min(c * part, rows), std::min((c + 1) * part, rows),
-                              at(dweights, (c * x.tokens + token) * x.width),
-                              at(dbiases, c * x.tokens + token),
-                              thread_scratch(kernels.scratch_bytes(x)));
-    }
-  });
+  const int64_t most = std::min(divide_up(kTasks, spans.count), divide_up(x.rows, kLeastRows));
+  int64_t part = divide_up(divide_up(x.rows, most), kernels.tile_rows) * kernels.tile_rows;
+  if (by_spans) part = std::min(part, kernels.chunk(x));  // then a step is not all rows
+  const int64_t parts = std::min(most, divide_up(x.rows, part)), step = parts * part;
 
-  const auto add = [&](const Tensor& parts, const Tensor& out) {
-    torch::stable::parallel_for(0, out.numel(), kGrain / 16, [&](int64_t begin, int64_t end) {
-      kernels.add_parts(parts.data_ptr(), wanted, out.numel(), begin, end, out.data_ptr());
-    });
-    return out;
+  // One part is the sum if it can be.
+  const auto allocate_parts = [&](const Tensor& sum, int64_t rows, int64_t row,
+                                  int64_t padded_row) {
+    if (parts == 1 && dtype == type && row == padded_row) return sum;
+    return allocate({wanted ? parts : 0, rows, padded_row}, type);
   };
-  return {add(dweights, allocate({x.tokens, x.width}, dtype)),
-          add(dbiases, allocate({x.tokens}, dtype))};
+  const Tensor dweights = allocate_parts(dweight, x.tokens, x.width, width);
+  const Tensor dbiases = allocate_parts(dbias, 1, x.tokens, tokens);
+  const Tensor dhiddens =
+      allocate({by_spans ? spans.count : 0, std::min(step, x.rows), width}, type);
+  const auto add = [&](const Tensor& sums, int64_t count, int64_t rows, int64_t row, char* to) {
+    if (sums.data_ptr() == to) return;
+    torch::stable::parallel_for(
+        0, rows, 1 + kGrain / (16 * row + 1), [&](int64_t begin, int64_t end) {
+          kernels.add_parts(sums.data_ptr(), count, rows, row, begin, end, to);
+        });
+  };
+
+  for (int64_t first = 0; first < x.rows; first += step) {
+    const int64_t rows = std::min(step, x.rows - first);
+    torch::stable::parallel_for(0, parts * spans.count, 1, [&](int64_t begin, int64_t end) {
+      void* scratch = thread_scratch(kernels.scratch_bytes(x));
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t c = task / spans.count, s = task % spans.count;
+        const int64_t row = std::min(rows, c * part);
+        LinearEntropyShare share{};
+        share.begin = first + row, share.end = first + std::min(rows, row + part);
+        share.first = spans.begin(s), share.last = spans.end(s);
+        if (by_spans) share.dhidden_sums = at(dhiddens, (s * rows + row) * width);
+        if (wanted) share.dweight_sums = at(dweights, c * x.tokens * width);
+        if (wanted) share.dbias_sums = at(dbiases, c * tokens);
+        share.add = first > 0;
+        kernels.backward(x, share, scratch);
+      }
+    });
+    if (by_spans) add(dhiddens, spans.count, rows, x.width, at(dhidden, first * x.width));
+  }
+  if (!wanted) return;
+  add(dweights, parts, x.tokens, x.width, at(dweight, 0));
+  add(dbiases, parts, 1, x.tokens, at(dbias, 0));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd(Tensor grad, Tensor hidden, Tensor weight,
@@ -124,12 +176,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd(Tensor grad, Tensor hidden
   auto x = describe(hidden, weight, bias, scale, h, top, log_total);
   x.grad = grad.data_ptr();
   const Tensor dhidden = need_hidden ? allocate_like(hidden) : allocate({0, x.width}, dtype);
-  if (need_hidden) {
-    x.dhidden = dhidden.data_ptr();
-    for_rows(kernels, kernels.backward_hidden, x, rows);
+  const Tensor dweight = allocate({need_weight ? x.tokens : 0, x.width}, dtype);
+  const Tensor dbias = allocate({need_weight ? x.tokens : 0}, dtype);
+  if (need_hidden) x.dhidden = dhidden.data_ptr();
+  if (rows > 0) {
+    gradients(kernels, x, need_weight, dhidden, dweight, dbias);
+  } else {
+    for (const Tensor& sum : {dweight, dbias})
+      std::memset(sum.data_ptr(), 0, sum.numel() * sum.element_size());
   }
-  if (!need_weight) return {dhidden, allocate({0, x.width}, dtype), allocate({0}, dtype)};
-  const auto [dweight, dbias] = weight_gradients(kernels, x, rows, dtype);
   return {dhidden, dweight, dbias};
 }
 

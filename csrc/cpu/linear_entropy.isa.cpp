@@ -1,48 +1,51 @@
 // A tile is some rows of hidden times a panel of the weight: it is made, read and forgotten. The
-// forward keeps for every row and vector lane the maximum m, S = sum e^(x-m) and T = sum e^(x-m)
-// (x-m) of the logits so far; the backward makes each tile again. What a row gets does not depend
-// on the rows beside it.
+// forward keeps m, S and T of every row; the backward makes each tile again, and a tile gives to
+// all three gradients. What a row gets does not depend on the rows beside it.
 #include "linear_entropy.h"
 
-#include "matrix.h"
+#include "logit_rows.h"
 
 namespace edt {
 namespace {
 
-// Rows of a tile: whole tiles of the micro-kernel, few enough that D = 4096 stays in the L2 cache.
+// Rows of a tile of logits: whole tiles of the micro-kernel.
 constexpr int64_t kRows = 96;
-
+// Tokens of a panel, and columns of B that a tile of the micro-kernel takes.
+constexpr int64_t kPanel = 64;
 template <class T>
-constexpr int64_t kPanel = kTileCols * kLanes<T>;
+constexpr int64_t kStrip = kTileCols * kLanes<T>;
+// Wider rows lie a page or so apart, and their columns would push each other out of the L1 cache.
+constexpr int64_t kWide = 256;
 
-template <class T>
-constexpr T kNothing = -__builtin_huge_val();  // a logit of probability 0
-
-// x where e^x is not 0, and no infinity elsewhere: e^x x is then 0 at -inf.
-template <class T>
-EDT_INLINE Vec<T> finite(Vec<T> x) {
-  return max(x, broadcast(Float<T>::kExpMin));
+// Rows that a panel is packed for: many, as long as they and their gradient stay in cache.
+int64_t chunk(const LinearEntropy& x) {
+  constexpr int64_t kNumbers = 1 << 18;
+  const int64_t tiles = kNumbers / (x.width + 1) / kRows;
+  return kRows * (tiles < 1 ? 1 : tiles > 10 ? 10 : tiles);
 }
 
 template <class T>
 struct Scratch {
-  T *hidden, *weight, *weight_t, *bias, *logits, *dhidden, *state, *end;
+  T *hidden, *weight, *weight_t, *bias, *logits, *strips, *weight_strips, *dhidden, *state, *end;
 
   Scratch(void* memory, const LinearEntropy& x) {
     end = static_cast<T*>(memory);
-    const int64_t width = padded<T>(x.width);
-    hidden = take(kRows * width);
-    weight = take(kPanel<T> * width);
-    weight_t = take(kPanel<T> * width);
-    bias = take(kPanel<T>);
-    logits = take(kRows * kPanel<T>);
-    dhidden = take(kRows * width);
-    state = take(kRows * 3 * kLanes<T>);
+    const int64_t width = padded<T>(x.width), rows = chunk(x);
+    const int64_t strip_width = (width + kStrip<T> - 1) / kStrip<T> * kStrip<T>;
+    hidden = take(rows * width);
+    weight = take(kPanel * width);
+    weight_t = take(kPanel * width);
+    weight_strips = take(kPanel * strip_width);
+    bias = take(kPanel);
+    logits = take(kRows * kPanel);
+    strips = take(kRows * strip_width);
+    dhidden = take(rows * width);
+    state = take(rows * 3);
   }
 
   T* take(int64_t count) {
     T* block = end;
-    end += count;
+    end += (count * sizeof(T) + 63) / 64 * 64 / sizeof(T);
     return block;
   }
 };
@@ -52,188 +55,247 @@ int64_t scratch_bytes(const LinearEntropy& x) {
   return reinterpret_cast<char*>(Scratch<T>(nullptr, x).end) - static_cast<char*>(nullptr);
 }
 
+// Are rows of S whole vectors of T already?
+template <class S, class T>
+bool in_place(int64_t width) {
+  return sizeof(S) == sizeof(T) && width % kLanes<T> == 0;
+}
+
 // Rows [begin, begin + count) of [., width] of S as rows of whole vectors of T, copied into `copy`
 // where they are not that already.
 template <class S, class T>
 Matrix<T> read_rows(const void* from, int64_t begin, int64_t count, int64_t width, T* copy) {
   const S* rows = static_cast<const S*>(from) + begin * width;
   if constexpr (sizeof(S) == sizeof(T))
-    if (width % kLanes<T> == 0) return {const_cast<S*>(rows), width};
+    if (in_place<S, T>(width)) return {const_cast<S*>(rows), width};
   const int64_t stride = padded<T>(width);
   for (int64_t i = 0; i < count; ++i) widen(rows + i * width, width, copy + i * stride);
   return {copy, stride};
+}
+
+// The B of a product: rows, or strips of their columns one after the other.
+template <class T>
+struct Strips {
+  Matrix<T> rows;
+  int64_t step;  // to the next strip; 0 if there is but one
+
+  // Copies the rows.
+  static Strips pack(Matrix<T> from, int64_t rows, int64_t cols, T* to) {
+    constexpr int n = kLanes<T>;
+    for (int64_t j = 0; j < cols; j += kStrip<T>) {
+      const int64_t end = cols - j < kStrip<T> ? cols : j + kStrip<T>;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = j; k < end; k += n)
+          store(to + j * rows + i * kStrip<T> + k - j, load(from.data + i * from.stride + k));
+    }
+    return {{to, kStrip<T>}, rows * kStrip<T>};
+  }
+
+  // Copies wide rows.
+  static Strips of(Matrix<T> from, int64_t rows, int64_t cols, T* to) {
+    return cols > kWide ? pack(from, rows, cols, to) : Strips{from, 0};
+  }
+
+  // The transpose of `count` rows of `cols` numbers.
+  static Strips transposed(Matrix<T> from, int64_t count, int64_t cols, T* to) {
+    const bool narrow = cols <= kWide;
+    const int64_t width = narrow ? padded<T>(count) : kStrip<T>;
+    for (int64_t j = 0; j < count; j += width)
+      transpose(Matrix<T>{from.data + j * from.stride, from.stride},
+                count - j < width ? count - j : width, cols, Matrix<T>{to + j * cols, width});
+    return {{to, width}, narrow ? 0 : cols * kStrip<T>};
+  }
+};
+
+// C [rows, cols] = A B, or += with ADD; cols is whole vectors.
+template <bool ADD, class T>
+void multiply_strips(Factor<T> a, Strips<T> b, Matrix<T> c, int64_t rows, int64_t cols,
+                     int64_t depth) {
+  if (b.step == 0) return multiply<ADD>(a, b.rows, c, rows, cols, depth);
+  for (; cols > 0; cols -= kStrip<T>) {
+    multiply<ADD>(a, b.rows, c, rows, cols < kStrip<T> ? cols : kStrip<T>, depth);
+    b.rows.data += b.step;
+    c.data += kStrip<T>;
+  }
+}
+
+template <class T>
+void multiply_strips(bool add, Factor<T> a, Strips<T> b, Matrix<T> c, int64_t rows, int64_t cols,
+                     int64_t depth) {
+  (add ? multiply_strips<true, T> : multiply_strips<false, T>)(a, b, c, rows, cols, depth);
 }
 
 // Some tokens with their weight, by rows and transposed, and bias; -inf is the bias of columns
 // beyond the last token.
 template <class S, class T>
 struct Panel {
-  int64_t first, tokens;
-  Matrix<T> weight, weight_t;
+  int64_t tokens, columns, width;
+  Matrix<T> weight;
+  Strips<T> weight_t;
   const T* bias;
 
-  Panel(const LinearEntropy& x, int64_t first, const Scratch<T>& scratch)
-      : first(first),
-        tokens(x.tokens - first < kPanel<T> ? x.tokens - first : kPanel<T>),
+  Panel(const LinearEntropy& x, int64_t first, int64_t last, const Scratch<T>& scratch)
+      : tokens(last - first < kPanel ? last - first : kPanel),
+        columns(padded<T>(tokens)),
+        width(padded<T>(x.width)),
         weight(read_rows<S>(x.weight, first, tokens, x.width, scratch.weight)),
-        weight_t{scratch.weight_t, kPanel<T>},
+        weight_t(Strips<T>::transposed(weight, tokens, width, scratch.weight_t)),
         bias(scratch.bias) {
-    transpose(weight, tokens, x.width, weight_t);
     if (x.bias)
       widen(static_cast<const S*>(x.bias) + first, tokens, scratch.bias);
     else
-      std::memset(scratch.bias, 0, kPanel<T> * sizeof(T));
-    for (int64_t j = tokens; j < kPanel<T>; ++j) scratch.bias[j] = kNothing<T>;
+      std::memset(scratch.bias, 0, columns * sizeof(T));
+    for (int64_t j = tokens; j < columns; ++j) scratch.bias[j] = kNothing<T>;
   }
 
   // The logits of `rows` rows of hidden, [rows, kPanel].
-  void multiply_rows(Matrix<T> hidden, int64_t rows, int64_t width, T* logits) const {
-    const int64_t columns = padded<T>(tokens);
-    const Matrix<T> tile{logits, kPanel<T>};
-    multiply<false>(plain(hidden), weight_t, tile, rows, columns, width);
+  void multiply_rows(Matrix<T> hidden, int64_t rows, T* logits) const {
+    multiply_strips<false>(plain(hidden), weight_t, Matrix<T>{logits, kPanel}, rows, columns,
+                           width);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; j += kLanes<T>) {
-        T* at = logits + i * kPanel<T> + j;
+        T* at = logits + i * kPanel + j;
         store(at, load(at) + load(bias + j));
       }
   }
 };
 
-// What a row knows of its logits so far, lane by lane.
 template <class T>
-struct Sums {
-  Vec<T> top, total, moment;  // m, S, T
-};
-
-template <class T>
-void add_tile(const T* logits, int64_t columns, Sums<T>& sums) {
-  Vec<T> top = sums.top;
-  for (int64_t j = 0; j < columns; j += kLanes<T>) top = max(load(logits + j), top);
-  // No lane's own maximum where there was no logit yet, so that -inf - top is -inf.
-  const Vec<T> base = max(top, broadcast(-Float<T>::kLargest));
-  const Vec<T> before = sums.top - base;
-  const Vec<T> shrink = exp<T>(before);
-  Vec<T> total = shrink * sums.total;
-  Vec<T> moment = shrink * fma(finite<T>(before), sums.total, sums.moment);
-  for (int64_t j = 0; j < columns; j += kLanes<T>) {
-    const Vec<T> shifted = load(logits + j) - base;
-    const Vec<T> weight = exp<T>(shifted);
-    total += weight;
-    moment = fma(weight, finite<T>(shifted), moment);
-  }
-  sums = {top, total, moment};
+EDT_INLINE Matrix<T> rows_from(Matrix<T> x, int64_t row) {
+  return {x.data + row * x.stride, x.stride};
 }
 
 template <class S, class T = typename ComputeType<S>::type>
-void forward(const LinearEntropy& x, int64_t begin, int64_t end, void* memory) {
+void forward(const LinearEntropy& x, int64_t first, int64_t last, int64_t begin, int64_t end,
+             void* sums, void* memory) {
+  constexpr int n = kLanes<T>;
   const Scratch<T> scratch(memory, x);
+  const int64_t many = chunk(x);
   auto* state = reinterpret_cast<Sums<T>*>(scratch.state);
-  for (int64_t r = begin; r < end; r += kRows) {
-    const int64_t rows = end - r < kRows ? end - r : kRows;
+  for (int64_t r = begin; r < end; r += many) {
+    const int64_t rows = end - r < many ? end - r : many;
     const auto hidden = read_rows<S>(x.hidden, r, rows, x.width, scratch.hidden);
-    for (int64_t i = 0; i < rows; ++i) state[i] = {broadcast(kNothing<T>), Vec<T>{}, Vec<T>{}};
-    for (int64_t token = 0; token < x.tokens; token += kPanel<T>) {
-      const Panel<S, T> panel(x, token, scratch);
-      panel.multiply_rows(hidden, rows, x.width, scratch.logits);
-      for (int64_t i = 0; i < rows; ++i)
-        add_tile(scratch.logits + i * kPanel<T>, padded<T>(panel.tokens), state[i]);
+    for (int64_t i = 0; i < rows; i += n) state[i / n] = Sums<T>{};
+    for (int64_t token = first; token < last; token += kPanel) {
+      const Panel<S, T> panel(x, token, last, scratch);
+      for (int64_t i = 0; i < rows; i += kRows) {
+        const int64_t block = rows - i < kRows ? rows - i : kRows;
+        panel.multiply_rows(rows_from(hidden, i), block, scratch.logits);
+        const auto add = [&](int64_t row, const Sums<T>& sums) __attribute__((always_inline)) {
+          state[(i + row) / n] = state[(i + row) / n] + sums;
+        };
+        sum_rows(scratch.logits, kPanel, panel.columns, block, add);
+      }
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      const T top = reduce_max<T>(state[i].top);
-      const Vec<T> apart = max(state[i].top, broadcast(-Float<T>::kLargest)) - top;
-      const Vec<T> shrink = exp<T>(apart);
-      const T total = reduce_sum<T>(shrink * state[i].total);
-      const T moment =
-          reduce_sum<T>(shrink * fma(finite<T>(apart), state[i].total, state[i].moment));
-      const T log_total = log<T>(broadcast(total))[0];
-      static_cast<T*>(x.h)[r + i] = static_cast<T>(x.scale) * (log_total - moment / total);
-      static_cast<T*>(x.top)[r + i] = top;
-      static_cast<T*>(x.log_total)[r + i] = log_total;
+    T* to = static_cast<T*>(sums) + r;
+    for (int64_t i = 0; i < rows; i += n) {
+      store_first(to + i, state[i / n].top, rows - i);
+      store_first(to + x.rows + i, state[i / n].total, rows - i);
+      store_first(to + 2 * x.rows + i, state[i / n].moment, rows - i);
     }
+  }
+}
+
+template <class T>
+void finish(const LinearEntropy& x, const void* all_sums, int64_t spans, int64_t begin,
+            int64_t end) {
+  constexpr int n = kLanes<T>;
+  for (int64_t r = begin; r < end; r += n) {
+    Sums<T> sums;
+    for (int64_t s = 0; s < spans; ++s) {
+      const T* from = static_cast<const T*>(all_sums) + s * 3 * x.rows + r;
+      sums = sums + Sums<T>{load_first(from, end - r), load_first(from + x.rows, end - r),
+                            load_first(from + 2 * x.rows, end - r)};
+    }
+    const Vec<T> log_total = log<T>(sums.total);
+    const Vec<T> h = static_cast<T>(x.scale) * (log_total - sums.moment / sums.total);
+    store_first(static_cast<T*>(x.h) + r, h, end - r);
+    store_first(static_cast<T*>(x.top) + r, sums.top, end - r);
+    store_first(static_cast<T*>(x.log_total) + r, log_total, end - r);
   }
 }
 
 // Logits of rows [r, r + rows), in place, as -g p (scale ln p + h).
 template <class T>
-void slope(const LinearEntropy& x, int64_t r, int64_t rows, int64_t columns, T* logits) {
-  const Vec<T> scale = broadcast(static_cast<T>(x.scale));
-  for (int64_t i = 0; i < rows; ++i) {
-    const T g = static_cast<const T*>(x.grad)[r + i], h = static_cast<const T*>(x.h)[r + i];
-    const T top = static_cast<const T*>(x.top)[r + i];
-    const T log_total = static_cast<const T*>(x.log_total)[r + i];
-    for (int64_t j = 0; j < columns; j += kLanes<T>) {
-      T* at = logits + i * kPanel<T> + j;
-      const Vec<T> log_p = load(at) - top - log_total;
-      store(at, -g * exp<T>(log_p) * fma(finite<T>(log_p), scale, broadcast(h)));
-    }
+void slopes(const LinearEntropy& x, int64_t r, int64_t rows, int64_t columns, T* logits) {
+  for (int64_t i = 0; i < rows; i += 2) {
+    const int64_t second = i + 1 < rows ? i + 1 : i;
+    T* const at[] = {logits + i * kPanel, logits + second * kPanel};
+    write_slopes<T>({Slope<T>(x.grad, x.h, x.top, x.log_total, x.scale, r + i),
+                     Slope<T>(x.grad, x.h, x.top, x.log_total, x.scale, r + second)},
+                    {at[0], at[1]}, at, columns);
   }
 }
 
 template <class S, class T = typename ComputeType<S>::type>
-void backward_hidden(const LinearEntropy& x, int64_t begin, int64_t end, void* memory) {
+void backward(const LinearEntropy& x, const LinearEntropyShare& share, void* memory) {
+  constexpr int n = kLanes<T>;
   const Scratch<T> scratch(memory, x);
-  const int64_t width = padded<T>(x.width);
-  const Matrix<T> dhidden{scratch.dhidden, width}, dlogits{scratch.logits, kPanel<T>};
-  for (int64_t r = begin; r < end; r += kRows) {
-    const int64_t rows = end - r < kRows ? end - r : kRows;
+  const int64_t width = padded<T>(x.width), many = chunk(x);
+  const bool need_hidden = share.dhidden_sums || x.dhidden;
+  const Matrix<T> dlogits{scratch.logits, kPanel};
+  for (int64_t r = share.begin; r < share.end; r += many) {
+    const int64_t rows = share.end - r < many ? share.end - r : many;
     const auto hidden = read_rows<S>(x.hidden, r, rows, x.width, scratch.hidden);
-    std::memset(dhidden.data, 0, rows * width * sizeof(T));
-    for (int64_t token = 0; token < x.tokens; token += kPanel<T>) {
-      const Panel<S, T> panel(x, token, scratch);
-      panel.multiply_rows(hidden, rows, x.width, scratch.logits);
-      slope(x, r, rows, padded<T>(panel.tokens), scratch.logits);
-      multiply<true>(plain(dlogits), panel.weight, dhidden, rows, width, panel.tokens);
+    const bool direct = share.dhidden_sums || in_place<S, T>(x.width);
+    const Matrix<T> dhidden{share.dhidden_sums
+                                ? static_cast<T*>(share.dhidden_sums) + (r - share.begin) * width
+                            : direct ? static_cast<T*>(x.dhidden) + r * width
+                                     : scratch.dhidden,
+                            width};
+    for (int64_t token = share.first; token < share.last; token += kPanel) {
+      const Panel<S, T> panel(x, token, share.last, scratch);
+      const auto weight =
+          need_hidden ? Strips<T>::of(panel.weight, panel.tokens, width, scratch.weight_strips)
+                      : Strips<T>{};
+      for (int64_t i = 0; i < rows; i += kRows) {
+        const int64_t block = rows - i < kRows ? rows - i : kRows;
+        const auto block_hidden = rows_from(hidden, i);
+        panel.multiply_rows(block_hidden, block, scratch.logits);
+        slopes(x, r + i, block, panel.columns, scratch.logits);
+        if (need_hidden)
+          multiply_strips(token != share.first, plain(dlogits), weight, rows_from(dhidden, i),
+                          block, width, panel.tokens);
+        if (!share.dweight_sums) continue;
+        const bool add = share.add || r + i != share.begin;
+        T* sums = static_cast<T*>(share.dweight_sums) + token * width;
+        multiply_strips(add, transposed(dlogits),
+                        Strips<T>::of(block_hidden, block, width, scratch.strips),
+                        Matrix<T>{sums, width}, panel.tokens, width, block);
+        for (int64_t j = 0; j < panel.columns; j += n) {
+          T* to = static_cast<T*>(share.dbias_sums) + token + j;
+          Vec<T> sum{};
+          for (int64_t k = 0; k < block; ++k) sum += load(scratch.logits + k * kPanel + j);
+          store(to, add ? load(to) + sum : sum);
+        }
+      }
     }
-    for (int64_t i = 0; i < rows; ++i)
-      narrow(dhidden.data + i * width, x.width, static_cast<S*>(x.dhidden) + (r + i) * x.width);
+    if (need_hidden && !direct)
+      for (int64_t i = 0; i < rows; ++i)
+        narrow(dhidden.data + i * width, x.width, static_cast<S*>(x.dhidden) + (r + i) * x.width);
   }
 }
 
 template <class S, class T = typename ComputeType<S>::type>
-void backward_weight(const LinearEntropy& x, int64_t first_token, int64_t begin, int64_t end,
-                     void* dweight, void* dbias, void* memory) {
-  const Scratch<T> scratch(memory, x);
-  const int64_t width = padded<T>(x.width);
-  const Panel<S, T> panel(x, first_token, scratch);
-  // The rows of the weight are not needed again: their place holds the sums.
-  const Matrix<T> sums{scratch.dhidden, width}, dlogits{scratch.logits, kPanel<T>};
-  static_assert(kRows >= kPanel<T>);
-  Vec<T> column_sums[kTileCols] = {};
-  std::memset(sums.data, 0, panel.tokens * width * sizeof(T));
-  for (int64_t r = begin; r < end; r += kRows) {
-    const int64_t rows = end - r < kRows ? end - r : kRows;
-    const auto hidden = read_rows<S>(x.hidden, r, rows, x.width, scratch.hidden);
-    panel.multiply_rows(hidden, rows, x.width, scratch.logits);
-    slope(x, r, rows, padded<T>(panel.tokens), scratch.logits);
-    multiply<true>(transposed(dlogits), hidden, sums, panel.tokens, width, rows);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j * kLanes<T> < panel.tokens; ++j)
-        column_sums[j] += load(scratch.logits + i * kPanel<T> + j * kLanes<T>);
-  }
-  for (int64_t i = 0; i < panel.tokens; ++i)
-    narrow(sums.data + i * width, x.width, static_cast<T*>(dweight) + i * x.width);
-  for (int64_t j = 0; j * kLanes<T> < panel.tokens; ++j)
-    store(scratch.bias + j * kLanes<T>, column_sums[j]);
-  std::memcpy(dbias, scratch.bias, panel.tokens * sizeof(T));
+void add_parts(const void* parts, int64_t count, int64_t rows, int64_t width, int64_t begin,
+               int64_t end, void* out) {
+  constexpr int n = kLanes<T>;
+  const int64_t stride = padded<T>(width);
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t j = 0; j < width; j += n) {
+      Vec<T> sum{};
+      for (int64_t c = 0; c < count; ++c)
+        sum += load(static_cast<const T*>(parts) + (c * rows + i) * stride + j);
+      T numbers[n];
+      store(numbers, sum);
+      narrow(numbers, width - j < n ? width - j : n, static_cast<S*>(out) + i * width + j);
+    }
 }
 
 template <class S, class T = typename ComputeType<S>::type>
-void add_parts(const void* parts, int64_t count, int64_t stride, int64_t begin, int64_t end,
-               void* out) {
-  const T* numbers = static_cast<const T*>(parts);
-  T sums[kLanes<T>];
-  for (int64_t i = begin; i < end; i += kLanes<T>) {
-    const int64_t n = end - i < kLanes<T> ? end - i : kLanes<T>;
-    std::memset(sums, 0, sizeof(sums));
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t j = 0; j < n; ++j) sums[j] += numbers[c * stride + i + j];
-    narrow(sums, n, static_cast<S*>(out) + i);
-  }
-}
-
-template <class S, class T = typename ComputeType<S>::type>
-constexpr LinearEntropyKernels kernels = {kPanel<T>,          scratch_bytes<T>,   forward<S>,
-                                          backward_hidden<S>, backward_weight<S>, add_parts<S>};
+constexpr LinearEntropyKernels kernels = {kRows,     kPanel,           kLanes<T>,
+                                          chunk,     scratch_bytes<T>, forward<S>,
+                                          finish<T>, backward<S>,      add_parts<S>};
 
 }  // namespace
 

@@ -20,7 +20,9 @@ constexpr int kTileCols = 2;
 #endif
 // Narrow tiles are taller: a product needs some twelve sums under way.
 template <int COLS>
-constexpr int kRowsOfTile = COLS == 1 ? 2 * kTileRows : kTileRows;
+constexpr int kRowsOfTile = COLS == 1           ? 2 * kTileRows
+                            : COLS <= kTileCols ? kTileRows
+                                                : kTileRows * kTileCols / COLS;
 
 template <class T>
 constexpr int64_t padded(int64_t n) {
@@ -113,6 +115,15 @@ template <class T, int COLS, bool ADD, class Between>
 void multiply_panels(Factor<T> a, Matrix<T> b, Matrix<T> c, int64_t rows, int64_t cols,
                      int64_t depth, Between& between) {
   if constexpr (COLS > 0) {
+    // A tile of one column of vectors is slow: three columns go as one tile, where two is the
+    // width.
+    if constexpr (COLS == 2 && kTileCols == 2)
+      if (cols % (2 * kLanes<T>) && cols > kLanes<T>) {
+        const int64_t even = cols - 3 * kLanes<T>;
+        multiply_panels<T, 2, ADD>(a, b, c, rows, even, depth, between);
+        b.data += even, c.data += even;
+        return multiply_panel<T, 3, ADD>(a, b, c, rows, depth, between);
+      }
     for (; cols >= COLS * kLanes<T>; cols -= COLS * kLanes<T>) {
       multiply_panel<T, COLS, ADD>(a, b, c, rows, depth, between);
       b.data += COLS * kLanes<T>;
@@ -159,16 +170,38 @@ EDT_INLINE void transpose_square(Vec<T> (&x)[kLanes<T>]) {
   }
 }
 
-// Lane i of the result is x[i] reduced over its lanes, by the same tree for every i.
+// From every SPAN lanes of a and b, UNIT by UNIT in turn: those of the first half, or of the
+// second.
+template <int UNIT, int SPAN, bool SECOND, class V, int... I>
+EDT_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr auto lane = [](int i) {
+    const int unit = i % SPAN / UNIT;
+    const int from = unit / 2 + (SECOND ? SPAN / UNIT / 2 : 0);
+    return i / SPAN * SPAN + from * UNIT + i % UNIT + unit % 2 * static_cast<int>(sizeof...(I));
+  };
+  return __builtin_shufflevector(a, b, lane(I)...);
+}
+
+// Lane i of the result is x[i] reduced over its lanes, by the same tree for every i: first within
+// 16 bytes, which any level can shuffle at once.
 template <class T, class F>
 EDT_INLINE Vec<T> reduce_each(Vec<T> (&x)[kLanes<T>], F combine) {
-  using Lanes = std::make_integer_sequence<int, kLanes<T>>;
+  constexpr int W = kLanes<T>, kUnit = 16 / sizeof(T);
+  using Lanes = std::make_integer_sequence<int, W>;
 #pragma GCC unroll 4
-  for (int n = kLanes<T> / 2; n > 0; n /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < n; ++i)
-      x[i] = combine(interleave_low(x[i], x[i + n], Lanes{}),
-                     interleave_high(x[i], x[i + n], Lanes{}));
+  for (int first = 0; first < W; first += kUnit)
+#pragma GCC unroll 2
+    for (int n = kUnit / 2; n > 0; n /= 2)
+#pragma GCC unroll 2
+      for (int i = first; i < first + n; ++i)
+        x[i] = combine(interleave<1, kUnit, false>(x[i], x[i + n], Lanes{}),
+                       interleave<1, kUnit, true>(x[i], x[i + n], Lanes{}));
+#pragma GCC unroll 2
+  for (int n = W / 2; n >= kUnit; n /= 2)
+#pragma GCC unroll 2
+    for (int i = 0; i < n; i += kUnit)
+      x[i] = combine(interleave<kUnit, W, false>(x[i], x[i + n], Lanes{}),
+                     interleave<kUnit, W, true>(x[i], x[i + n], Lanes{}));
   return x[0];
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <type_traits>
 #include <utility>
 
@@ -22,6 +23,13 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+// Does fma round once?
+#if defined(EDT_ISA_avx2) || defined(EDT_ISA_avx512)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 #define EDT_INLINE inline __attribute__((always_inline))
 
 // Bits of a type, and the constants of its exp and log.
@@ -36,9 +44,10 @@ struct Float<float> {
   static constexpr float kRounder = 0x1.8p23f;
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kExpMin = -87, kExpMax = 89, kLargest = 0x1.fffffep127f;
-  // exp(r) = 1 + r + r^2 p(r), |r| <= ln(2) / 2, highest power first (Cephes).
-  static constexpr float kExp[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
-                                   4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  static constexpr float kExpZero = -88.03f;
+  // exp(r) = 1 + r + r^2 p(r), |r| <= ln(2) / 2, highest power first: the least relative error.
+  static constexpr float kExp[] = {0x1.6a23dp-10f, 0x1.123a2p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f,
+                                   0x1.fffffcp-2f};
   // log((1 + s) / (1 - s)) = 2 s + s z p(z), z = s^2, highest power first (fdlibm).
   static constexpr float kLog[] = {0xf89e26p-26f, 0x91e9eep-25f, 0xccce13p-25f, 0xaaaaaap-24f};
 };
@@ -50,6 +59,7 @@ struct Float<double> {
   static constexpr double kRounder = 0x1.8p52;
   static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr double kExpMin = -708, kExpMax = 710, kLargest = 0x1.fffffffffffffp1023;
+  static constexpr double kExpZero = -709.09;
   // Taylor: the first term left out is below 2^-57.
   static constexpr double kExp[] = {1 / 6227020800., 1 / 479001600., 1 / 39916800., 1 / 3628800.,
                                     1 / 362880.,     1 / 40320.,     1 / 5040.,     1 / 720.,
@@ -118,18 +128,37 @@ EDT_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-template <class V>
-EDT_INLINE V max(V a, V b) {
+// The larger one; b where either is NaN. GCC 12 does not find the instruction for every a > b ? a :
+// b.
+EDT_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
+#if defined(EDT_ISA_avx512)
+  return (Vec<float>)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
+#elif defined(EDT_ISA_avx2)
+  return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
   return a > b ? a : b;
+#endif
+}
+
+EDT_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
+#if defined(EDT_ISA_avx512)
+  return (Vec<double>)_mm512_maskz_max_pd(-1, (__m512d)a, (__m512d)b);
+#elif defined(EDT_ISA_avx2)
+  return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
 }
 
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
-// GCC 12 converts vectors of 512 bits in halves.
+// GCC 12 converts long vectors in halves.
 EDT_INLINE Words to_words(Halves x) {
 #if defined(EDT_ISA_avx512)
   return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(EDT_ISA_avx2)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)x);
 #else
   return __builtin_convertvector(x, Words);
 #endif
@@ -140,6 +169,16 @@ EDT_INLINE Halves to_halves(Words x) {
   return (Halves)_mm512_cvtepi32_epi16((__m512i)x);
 #else
   return __builtin_convertvector(x, Halves);
+#endif
+}
+
+// Of words that are no longer than halves.
+EDT_INLINE Halves pack_halves(Words x) {
+#if defined(EDT_ISA_avx2)
+  return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x),
+                                  _mm256_extracti128_si256((__m256i)x, 1));
+#else
+  return to_halves(x);
 #endif
 }
 
@@ -154,7 +193,7 @@ EDT_INLINE void store(BFloat16* to, Vec<float> x) {
   const Words bits = (Words)x;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words quiet_nan = Words{} + 0x7fc0;
-  const Halves out = to_halves((Words)(x == x ? rounded : quiet_nan));
+  const Halves out = pack_halves((Words)(x == x ? rounded : quiet_nan));
   __builtin_memcpy(to, &out, sizeof out);
 }
 
@@ -243,24 +282,56 @@ EDT_INLINE Vec<T> exp(Vec<T> x) {
   const Vec<T> n = rounded - C::kRounder;
   Vec<T> r = fma(n, broadcast(-C::kLn2High), x);
   r = fma(n, broadcast(-C::kLn2Low), r);
-  const Vec<T> e = fma(polynomial<T>(r, C::kExp), r * r, r) + T(1);
+  const Vec<T> e = fma(fma(polynomial<T>(r, C::kExp), r, broadcast(T(1))), r, broadcast(T(1)));
   return vanishes ? Vec<T>{} : times_power(e, n);
 }
 
-// e^x as above for x that rounding may have lifted above 0: what overflows is not looked at.
+// x where exp_falling is not 0, and no infinity elsewhere: e^x x is then 0 at -inf. NaN stays NaN.
+template <class T>
+EDT_INLINE Vec<T> finite(Vec<T> x) {
+  return max(broadcast(Float<T>::kExpZero), x);
+}
+
+// e^x of `finite` x <= 0, or hardly above, where rounding has lifted x: within 2 ulp, 5 of them
+// for floats near the end, where e^x becomes 0. A few vectors go step by step, so that none waits
+// for itself.
+template <class T, int N>
+EDT_INLINE void exp_falling(const Vec<T> (&x)[N], Vec<T> (&e)[N]) {
+  using C = Float<T>;
+  // The low bits of the sum are the exponent field of 2^n, 0 at kExpZero.
+  constexpr T rounder = C::kRounder + C::kExponentBias;
+  const T log2e = static_cast<T>(1.4426950408889634074);
+  Vec<T> rounded[N], r[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) rounded[i] = fma(x[i], broadcast(log2e), broadcast(rounder));
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    const Vec<T> n = rounded[i] - rounder;
+    // The float next to ln 2 is near enough for n < 128, if the product is exact.
+    if constexpr (kFused && sizeof(T) == 4)
+      r[i] = fma(n, broadcast(T(-0.693147180559945309417)), x[i]);
+    else
+      r[i] = fma(n, broadcast(-C::kLn2Low), fma(n, broadcast(-C::kLn2High), x[i]));
+    e[i] = broadcast(C::kExp[0]);
+  }
+#pragma GCC unroll 16
+  for (std::size_t k = 1; k < std::size(C::kExp); ++k)
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) e[i] = fma(e[i], r[i], broadcast(C::kExp[k]));
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k)
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) e[i] = fma(e[i], r[i], broadcast(T(1)));
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) e[i] *= (Vec<T>)((Ints<T>)rounded[i] << C::kMantissaBits);
+}
+
 template <class T>
 EDT_INLINE Vec<T> exp_falling(Vec<T> x) {
-  using C = Float<T>;
-  const auto vanishes = x < C::kExpMin;
-  x = vanishes ? broadcast(C::kExpMin) : x;
-  const T log2e = static_cast<T>(1.4426950408889634074);
-  const Vec<T> rounded = fma(x, broadcast(log2e), broadcast(C::kRounder));
-  const Vec<T> n = rounded - C::kRounder;
-  Vec<T> r = fma(n, broadcast(-C::kLn2High), x);
-  r = fma(n, broadcast(-C::kLn2Low), r);
-  const Vec<T> e = fma(polynomial<T>(r, C::kExp), r * r, r) + T(1);
-  const Ints<T> power = ((Ints<T>)rounded + C::kExponentBias) << C::kMantissaBits;
-  return vanishes ? Vec<T>{} : e * (Vec<T>)power;
+  const Vec<T> one[1] = {finite<T>(x)};
+  Vec<T> e[1];
+  exp_falling<T>(one, e);
+  return e[0];
 }
 
 // ln x of positive normal x within 1 ulp; NaN stays NaN.
