@@ -1,9 +1,9 @@
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
 #include <optional>
 #include <tuple>
 
+#include "copy.h"
 #include "entropy_rows.h"
 
 namespace edt {
@@ -43,7 +43,7 @@ Tensor entropy_bwd(const Tensor& given_grad, const Tensor& given, const Tensor& 
     kernel(at(grad, begin), at(logits, begin * v), at(h, begin), at(top, begin),
            at(log_total, begin), end - begin, v, scale, at(dlogits, begin * v));
   });
-  std::memset(at(dlogits, used * v), 0, (rows - used) * v * dlogits.element_size());
+  clear_bytes(at(dlogits, used * v), (rows - used) * v * dlogits.element_size());
   return dlogits;
 }
 

@@ -1,7 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
-
+#include "copy.h"
 #include "entropy_rows.h"
 #include "patches.h"
 
@@ -27,8 +26,7 @@ Outputs run(const Tensor& logits, const std::vector<int64_t>& offsets, double sc
   const int64_t grain = molecule_grain(rows, static_cast<int64_t>(offsets.size()) - 1, v + 16);
   auto patches = cut_batch<T>(rows, offsets, cut, capacity, grain, reader);
   const int64_t tail = rows - offsets.back();
-  for (const Tensor& x : {h, top, log_total})
-    std::memset(at(x, offsets.back()), 0, tail * sizeof(T));
+  for (const Tensor& x : {h, top, log_total}) clear_bytes(at(x, offsets.back()), tail * sizeof(T));
   return std::tuple_cat(std::make_tuple(h, top, log_total), patches);
 }
 

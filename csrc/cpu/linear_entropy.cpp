@@ -3,10 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <tuple>
 
+#include "copy.h"
 #include "scratch.h"
 #include "tensor.h"
 
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd(Tensor grad, Tensor hidden
     gradients(kernels, x, need_weight, dhidden, dweight, dbias);
   } else {
     for (const Tensor& sum : {dweight, dbias})
-      std::memset(sum.data_ptr(), 0, sum.numel() * sum.element_size());
+      clear_bytes(at(sum, 0), sum.numel() * sum.element_size());
   }
   return {dhidden, dweight, dbias};
 }

@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "copy.h"
 #include "scratch.h"
 #include "tensor.h"
 
@@ -170,7 +170,7 @@ void fill_rows(const Tensor& x, int64_t begin, T value) {
 // Rows of a contiguous tensor from `begin` on.
 void zero_tail(const Tensor& x, int64_t begin) {
   const int64_t rows = x.size(0), row = rows == 0 ? 0 : x.numel() / rows;
-  std::memset(at(x, begin * row), 0, (rows - begin) * row * x.element_size());
+  clear_bytes(at(x, begin * row), (rows - begin) * row * x.element_size());
 }
 
 void fill_lse_tail(const Tensor& lse, int64_t begin) {

@@ -2,11 +2,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
 
+#include "copy.h"
 #include "scratch.h"
 #include "segments.h"
 
@@ -105,7 +105,7 @@ class Pooling {
     segments_.for_places([&](const Share& share) {
       kernel(pool, share);
       for (int64_t i = std::max(share.place_begin, pool.used); i < share.place_end; ++i)
-        std::memset(at(out, (pool.order ? pool.order[i] : i) * row), 0, bytes);
+        clear_bytes(at(out, (pool.order ? pool.order[i] : i) * row), bytes);
     });
   }
 
@@ -170,7 +170,7 @@ Tensor segment_pool_weight_bwd(const Tensor& given_grad, const Tensor& given, co
   check_pooled(grad, call, "grad: shape");
   const Tensor out = allocate({values.size(0)}, dtype);
   if (call.pool.dim == 0) {
-    std::memset(out.data_ptr(), 0, out.numel() * static_cast<int64_t>(out.element_size()));
+    clear_bytes(at(out, 0), out.numel() * static_cast<int64_t>(out.element_size()));
     return out;
   }
   call.pool.mean = mean, call.pool.grad = grad.data_ptr();

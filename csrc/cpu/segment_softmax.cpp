@@ -2,8 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
-
+#include "copy.h"
 #include "segments.h"
 
 namespace edt {
@@ -27,7 +26,7 @@ Tensor run(const Tensor& like, const Tensor& offsets, SegmentSoftmax s,
   s.result = result.data_ptr();
   segments.for_columns([&](const Share& share) { kernel(s, share); });
   const int64_t written = segments.used() * segments.dim();
-  std::memset(at(result, written), 0, (result.numel() - written) * result.element_size());
+  clear_bytes(at(result, written), (result.numel() - written) * result.element_size());
   return result;
 }
 

@@ -294,7 +294,8 @@ def test_contests_over_size_with_memory_are_drawn_as_costs(tmp_path, monkeypatch
     assert drawn == [([8, 16], [2, 2]), ([8, 16], [80, 160]), ([8, 16], [32, 64]), ([], [])]
 
 
-def test_a_missed_goal_fails_when_asked_to(pytester):
+def test_a_missed_goal_fails_when_asked_to(pytester, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.makeconftest("from bench.conftest import *")
     pytester.makepyfile(
         """
