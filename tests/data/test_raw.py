@@ -9,6 +9,8 @@ import pytest
 
 from edt_former.data import Columns, read_rows
 
+DAMAGED = gzip.compress(b"smiles\nCCO\nCC\n" * 9, mtime=0)[:-12]
+
 
 def write(path: Path, text: str) -> Path:
     if path.suffix == ".gz":
@@ -125,7 +127,7 @@ def test_errors(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.csv.gz", gzip.compress(b"smiles\nCCO\nCC\n" * 9)[:-12], "rows.csv.gz is damaged"),
+        ("rows.csv.gz", DAMAGED, "rows.csv.gz is damaged"),
         ("rows.csv.gz", b"no gzip", "rows.csv.gz is damaged"),
         ("rows.json", b'[{"smiles": "C"', "rows.json is damaged"),
         ("rows.json", b'{"smiles": "C"}', "rows.json must hold a list, got dict"),
