@@ -3,11 +3,12 @@
 
 #include "tiles.h"
 
+#ifdef EDT_EMULATE
+#include "../../tests/emulation/amx.h"
+#else
+
 namespace edt {
 namespace {
-
-constexpr int64_t kRowUnit = kTile;   // rows of A come in whole tiles
-constexpr int64_t kHeadsPerCall = 4;  // what one head has just stored, another need not wait for
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -42,6 +43,17 @@ template <int C, int A, int B>
 EDT_INLINE void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+
+}  // namespace
+}  // namespace edt
+
+#endif
+
+namespace edt {
+namespace {
+
+constexpr int64_t kRowUnit = kTile;   // rows of A come in whole tiles
+constexpr int64_t kHeadsPerCall = 4;  // what one head has just stored, another need not wait for
 
 // One or two rows of tiles by one or two columns; tiles 0 to 3 are C, 4 and 5 A, 6 and 7 B.
 template <bool ADD, int ROWS, int COLS>

@@ -1,6 +1,6 @@
 #include "isa.h"
 
-#ifdef EDT_X86
+#if defined(EDT_X86) && !defined(EDT_EMULATE)
 #include <cpuid.h>
 #endif
 #ifdef __linux__
@@ -16,7 +16,7 @@
 namespace edt {
 namespace {
 
-#ifdef EDT_X86
+#if defined(EDT_X86) && !defined(EDT_EMULATE)
 // The processor has dot products of bfloat16.
 bool has_avx512_bf16() {
   unsigned a, b, c, d;
@@ -38,7 +38,9 @@ bool amx_is_granted() {
 #endif
 
 Isa best_isa() {
-#ifdef EDT_X86
+#ifdef EDT_EMULATE
+  return Isa::amx;
+#elif defined(EDT_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
