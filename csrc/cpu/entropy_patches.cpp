@@ -17,14 +17,12 @@ Outputs run(const Tensor& logits, const std::vector<int64_t>& offsets, double sc
   Tensor h = allocate({rows}, type);
   Tensor top = allocate({rows}, type);
   Tensor log_total = allocate({rows}, type);
-  const auto reader = [&] {
-    return [&](int64_t begin, int64_t end) {
-      entropy_rows(logits, v, scale, begin, end, h, top, log_total);
-      return static_cast<const T*>(h.data_ptr()) + begin;
-    };
+  const auto entropies = [&](int64_t begin, int64_t end, std::vector<T>&) {
+    entropy_rows(logits, v, scale, begin, end, h, top, log_total);
+    return static_cast<const T*>(h.data_ptr()) + begin;
   };
   const int64_t grain = molecule_grain(rows, static_cast<int64_t>(offsets.size()) - 1, v + 16);
-  auto patches = cut_batch<T>(rows, offsets, cut, capacity, grain, reader);
+  auto patches = cut_batch<T>(rows, offsets, cut, capacity, grain, entropies);
   const int64_t tail = rows - offsets.back();
   for (const Tensor& x : {h, top, log_total}) clear_bytes(at(x, offsets.back()), tail * sizeof(T));
   return std::tuple_cat(std::make_tuple(h, top, log_total), patches);

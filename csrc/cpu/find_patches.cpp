@@ -13,16 +13,14 @@ PatchTensors find(const Tensor& entropy, const std::vector<int64_t>& offsets, co
                   int64_t capacity) {
   const int64_t rows = entropy.size(0), stride = entropy.stride(0);
   const auto* data = static_cast<const Stored*>(entropy.data_ptr());
-  const auto reader = [=] {
-    return [=, wide = std::vector<T>()](int64_t begin, int64_t end) mutable {
-      wide.resize(end - begin);
-      for (int64_t i = begin; i < end; ++i) wide[i - begin] = static_cast<T>(data[i * stride]);
-      return static_cast<const T*>(wide.data());
-    };
+  const auto entropies = [=](int64_t begin, int64_t end, std::vector<T>& wide) {
+    wide.resize(end - begin);
+    for (int64_t i = begin; i < end; ++i) wide[i - begin] = static_cast<T>(data[i * stride]);
+    return static_cast<const T*>(wide.data());
   };
   const int64_t molecules = static_cast<int64_t>(offsets.size()) - 1;
   const int64_t grain = molecule_grain(rows, molecules, 16);
-  return cut_batch<T>(rows, offsets, cut, capacity, grain, reader);
+  return cut_batch<T>(rows, offsets, cut, capacity, grain, entropies);
 }
 
 PatchTensors find_patches(const Tensor& entropy, const Tensor& offsets, int64_t rule, double level,

@@ -3,10 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "tensor.h"
@@ -22,17 +25,56 @@ struct Cut {
   std::optional<int64_t> max_size, max_patches;
 };
 
-// torch.quantile(h[0:n], q), bit for bit; reorders h.
+// Numbers k and k + 1 of h[0:n] in ascending order; the last one where there is no other. None is
+// NaN. Of few numbers those below each are counted, which no branch has to guess.
 template <class T>
-T quantile(T* h, int64_t n, double q) {
-  const T nan = std::numeric_limits<T>::quiet_NaN();
-  if (n == 0 || std::any_of(h, h + n, [](T x) { return x != x; })) return nan;
+std::pair<T, T> neighbours(const T* h, int64_t n, int64_t k, std::vector<T>& scratch) {
+  constexpr int64_t kFew = 64, kLanes = 16 / sizeof(T), kVectors = 4;
+  typedef T Vector __attribute__((vector_size(16)));
+  using Count = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  typedef Count Counts __attribute__((vector_size(16)));
+  if (n > kFew) {
+    scratch.assign(h, h + n);
+    const auto at = scratch.begin() + k, rest = at + 1;
+    std::nth_element(scratch.begin(), at, scratch.end());
+    return {*at, rest < scratch.end() ? *std::min_element(rest, scratch.end()) : *at};
+  }
+  // The largest numbers that have no more than k, or k + 1, below them.
+  const Vector least = Vector{} - std::numeric_limits<T>::infinity();
+  Vector low = least, high = least;
+  const auto most = static_cast<Count>(k);
+  for (int64_t i = 0; i < n; i += kVectors * kLanes) {
+    T copy[kVectors * kLanes];
+    for (int64_t j = 0; j < kVectors * kLanes; ++j) copy[j] = h[std::min(i + j, n - 1)];
+    Vector x[kVectors];
+    std::memcpy(x, copy, sizeof x);
+    Counts below[kVectors] = {};
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) below[v] -= Vector{} + h[j] < x[v];
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const Vector a = below[v] <= most ? x[v] : least, b = below[v] <= most + 1 ? x[v] : least;
+      low = low > a ? low : a;
+      high = high > b ? high : b;
+    }
+  }
+  std::pair<T, T> found{low[0], high[0]};
+  for (int64_t j = 1; j < kLanes; ++j)
+    found = {std::max<T>(found.first, low[j]), std::max<T>(found.second, high[j])};
+  return found;
+}
+
+// torch.quantile(h[0:n], q), bit for bit.
+template <class T>
+T quantile(const T* h, int64_t n, double q, std::vector<T>& scratch) {
+  bool unknown = n == 0;
+  for (int64_t i = 0; i < n; ++i) unknown |= h[i] != h[i];
+  if (unknown) return std::numeric_limits<T>::quiet_NaN();
   const T rank = static_cast<T>(q) * static_cast<T>(n - 1);
   const int64_t below = static_cast<int64_t>(rank);
-  std::nth_element(h, h + below, h + n);
-  const T low = h[below];
-  const T high = rank > static_cast<T>(below) ? *std::min_element(h + below + 1, h + n) : low;
   const T weight = rank - static_cast<T>(below);
+  auto [low, high] = neighbours(h, n, below, scratch);
+  if (weight == 0) high = low;
   return weight < T(0.5) ? std::fma(weight, high - low, low)
                          : std::fma(weight - 1, high - low, high);
 }
@@ -48,54 +90,54 @@ class Cutter {
   int64_t operator()(const T* h, int64_t n, int64_t* ids, T* threshold) {
     *threshold = static_cast<T>(cut_.level);
     if (cut_.rule == Rule::local_max) *threshold = std::numeric_limits<T>::quiet_NaN();
-    if (cut_.rule == Rule::rising_edge) {
-      ordered_.assign(h, h + n);
-      *threshold = quantile(ordered_.data(), n, cut_.level);
-    }
+    if (cut_.rule == Rule::rising_edge) *threshold = quantile(h, n, cut_.level, scratch_);
     if (n == 0) return 0;
-    starts_.clear();
     find(h, n, *threshold);
     if (cut_.min_size > 1) keep_min_size();
     if (cut_.max_size) split(n, *cut_.max_size);
     if (cut_.max_patches) keep_highest(h, *cut_.max_patches - 1);
 
-    int64_t patch = 0, atom = 0;
-    for (const int64_t start : starts_) {
-      std::fill(ids + atom, ids + start, patch++);
-      atom = start;
-    }
-    std::fill(ids + atom, ids + n, patch++);
-    return patch;
+    std::fill(ids, ids + n, 0);
+    for (const int64_t start : starts_) ids[start] = 1;
+    std::partial_sum(ids, ids + n, ids);
+    return static_cast<int64_t>(starts_.size()) + 1;
   }
 
  private:
+  // Every row is written as a start and kept where it is one: without a branch, for nobody can
+  // predict where entropies rise.
   void find(const T* h, int64_t n, T threshold) {
+    starts_.resize(n + 1);
+    int64_t* put = starts_.data();
+    const auto open = [&](int64_t row, bool opens) {
+      *put = row;
+      put += opens;
+    };
+    int64_t rise = 0;  // local_max: where the run of equal values began that was risen to, or 0
+    bool before = false;
     switch (cut_.rule) {
       case Rule::local_max:
-        return find_peaks(h, n);
+        for (int64_t i = 1; i < n; ++i) {
+          open(rise, (rise != 0) & (h[i] < h[i - 1]));
+          rise = h[i] > h[i - 1] ? i : h[i] == h[i - 1] ? rise : 0;
+        }
+        open(rise, rise != 0);
+        break;
       case Rule::rising_edge:
-        for (int64_t i = 0; i + 1 < n; ++i)
-          if (h[i] > threshold && (i == 0 || !(h[i - 1] > threshold))) starts_.push_back(i + 1);
-        return;
+        for (int64_t i = 0; i + 1 < n; ++i) {
+          const bool above = h[i] > threshold;
+          open(i + 1, above & !before);
+          before = above;
+        }
+        break;
       case Rule::threshold:
-        for (int64_t i = 1; i < n; ++i)
-          if (h[i] > threshold) starts_.push_back(i);
-        return;
+        for (int64_t i = 1; i < n; ++i) open(i, h[i] > threshold);
+        break;
       case Rule::monotonic:
-        for (int64_t i = 1; i < n; ++i)
-          if (h[i] - h[i - 1] > threshold) starts_.push_back(i);
-        return;
+        for (int64_t i = 1; i < n; ++i) open(i, h[i] - h[i - 1] > threshold);
+        break;
     }
-  }
-
-  void find_peaks(const T* h, int64_t n) {
-    int64_t rise = 0;  // where the run of equal values began that was risen to, or 0
-    for (int64_t i = 1; i < n; ++i) {
-      if (h[i] == h[i - 1]) continue;
-      if (rise && h[i] < h[i - 1]) starts_.push_back(rise);
-      rise = h[i] > h[i - 1] ? i : 0;
-    }
-    if (rise) starts_.push_back(rise);
+    starts_.resize(put - starts_.data());
   }
 
   void keep_min_size() {
@@ -135,14 +177,14 @@ class Cutter {
   }
 
   Cut cut_;
-  std::vector<T> ordered_;
+  std::vector<T> scratch_;
   std::vector<int64_t> starts_, pieces_;  // rows that open a patch, without the first
 };
 
 using PatchTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Cuts every molecule, in parallel. molecule(begin, end) gives its entropies: a pointer to T.
-// Molecules are counted in the first pass and numbered in the second.
+// Cuts every molecule, in parallel. entropies(begin, end) gives those of the rows of some
+// molecules: a pointer to T. Molecules are counted in the first pass and numbered in the second.
 template <class T, class Entropies>
 PatchTensors cut_batch(int64_t rows, const std::vector<int64_t>& offsets, const Cut& cut,
                        int64_t capacity, int64_t grain, Entropies entropies) {
@@ -161,9 +203,10 @@ PatchTensors cut_batch(int64_t rows, const std::vector<int64_t>& offsets, const 
   patch[0] = 0;
   torch::stable::parallel_for(0, molecules, grain, [&](int64_t begin, int64_t end) {
     Cutter<T> cutter(cut);
-    auto read = entropies();
+    std::vector<T> scratch;
+    const T* share = entropies(offsets[begin], offsets[end], scratch);
     for (int64_t m = begin; m < end; ++m)
-      patch[m + 1] = cutter(read(offsets[m], offsets[m + 1]), offsets[m + 1] - offsets[m],
+      patch[m + 1] = cutter(share + offsets[m] - offsets[begin], offsets[m + 1] - offsets[m],
                             id + offsets[m], levels + m);
   });
   std::partial_sum(patch, patch + molecules + 1, patch);
@@ -171,9 +214,9 @@ PatchTensors cut_batch(int64_t rows, const std::vector<int64_t>& offsets, const 
   STD_TORCH_CHECK(total <= capacity, "capacity: ", capacity, " < ", total);
 
   torch::stable::parallel_for(0, molecules, grain, [&](int64_t begin, int64_t end) {
+    // The first row of a patch is written last.
     for (int64_t m = begin; m < end; ++m)
-      for (int64_t i = offsets[m]; i < offsets[m + 1]; ++i)
-        if (i == offsets[m] || id[i] != id[i - 1]) atom[patch[m] + id[i]] = i;
+      for (int64_t i = offsets[m + 1] - 1; i >= offsets[m]; --i) atom[patch[m] + id[i]] = i;
   });
   std::fill(atom + total, atom + capacity + 1, offsets[molecules]);
   std::fill(id + offsets[molecules], id + rows, 0);
