@@ -162,7 +162,7 @@ void extreme_of(Pool x, Share share) {
     Vec<W> best[B::kCount] = {};
     Ints<W> source[B::kCount];
     for (auto& row : source) row = nothing;
-    for (int64_t i = 0; i < bundle.rounds(); ++i) {
+    const auto meet = [&]<bool FIRST>(int64_t i) __attribute__((always_inline)) {
       const auto row = bundle.row(x.order, i);
       const Ints<W> index = bundle.index(row);
       prefetch<T, false>(x, bundle, x.values, i);
@@ -170,12 +170,14 @@ void extreme_of(Pool x, Share share) {
       for (int j = 0; j < B::kCount; ++j) {
         const Vec<W> value = bundle.read(read_only<T>(x.values), row, j);
         const Ints<W> no_better = LARGEST ? value <= best[j] : value >= best[j];
-        const Ints<W> better = (~no_better & (best[j] == best[j])) | (source[j] == nothing);
-        const Ints<W> taken = better & (index >= 0);
+        Ints<W> taken = FIRST ? Ints<W>{} - 1 : ~no_better & (best[j] == best[j]);
+        if constexpr (B::kSegments) taken &= index >= 0;
         best[j] = taken ? value : best[j];
         source[j] = taken ? index : source[j];
       }
-    }
+    };
+    if (bundle.rounds()) meet.template operator()<true>(0);
+    for (int64_t i = 1; i < bundle.rounds(); ++i) meet.template operator()<false>(i);
 #pragma GCC unroll 8
     for (int j = 0; j < B::kCount; ++j) {
       bundle.write(static_cast<T*>(x.out), bundle.segment, j, best[j]);
