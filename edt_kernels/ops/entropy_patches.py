@@ -39,10 +39,13 @@ class _EntropyPatches(torch.autograd.Function):
         offsets, *ctx.cut = rest
         ctx.save_for_backward(logits, h, top, log_total, offsets)
         ctx.mark_non_differentiable(*patches)
+        ctx.set_materialize_grads(False)
         return h, *patches
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None
         logits, h, top, log_total, offsets = ctx.saved_tensors
         if second_order():
             inputs = (logits, offsets, *ctx.cut)

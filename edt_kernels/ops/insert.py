@@ -90,10 +90,13 @@ class _Insert(torch.autograd.Function):
         ctx.save_for_backward(embed_offsets, token_offsets, at)
         ctx.sizes = embeds.shape[0], tokens.shape[0]
         ctx.mark_non_differentiable(*out[1:])
+        ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
         bwd = reference.insert_bwd if second_order() else _insert_bwd
         wanted = ctx.needs_input_grad[:2]
         embeds, tokens = bwd(grad, *ctx.saved_tensors, *ctx.sizes, wanted)

@@ -48,10 +48,13 @@ class _RaggedCat(torch.autograd.Function):
         ctx.save_for_backward(*offsets)
         ctx.rows = [part.shape[0] for part in parts]
         ctx.mark_non_differentiable(joined)
+        ctx.set_materialize_grads(False)
         return out, joined
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _joined: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor | None, _joined: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (1 + len(ctx.rows))
         bwd = reference.ragged_cat_bwd if second_order() else _ragged_cat_bwd
         wanted = ctx.needs_input_grad[1:]
         found = bwd(grad, ctx.saved_tensors, ctx.rows, wanted)
