@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import statistics
@@ -29,6 +30,7 @@ class Machine:
         copy: bytes per second, read and written counted, of a large copy.
         products: floating point operations per second of a matrix product of side 2048, by dtype.
         load: load average over a minute, before anything was timed.
+        keeps_memory: freed memory stays in the process.
     """
 
     cpu: str
@@ -39,6 +41,7 @@ class Machine:
     copy: float
     products: dict[str, float]
     load: float | None
+    keeps_memory: bool
 
     def line(self) -> str:
         """For the head of a report."""
@@ -47,13 +50,14 @@ class Machine:
         return (
             f"{self.cpu}, {self.cores} cores, {self.threads} threads, {self.isa}, "
             f"torch {self.torch}; copy {self.copy / 1e9:.1f} GB/s, matrix product GFLOP/s: "
-            f"{rates}; load before {load}"
+            f"{rates}; load before {load}; freed memory "
+            + ("stays in the process" if self.keeps_memory else "may return to the system")
         )
 
 
 def measure() -> Machine:
-    """This machine. Takes about two seconds."""
-    load = load_average()
+    """This machine, from now on with `keep_memory`. Takes about two seconds."""
+    load, keeps_memory = load_average(), keep_memory()
     source = torch.zeros(_COPIED // 4)
     target = torch.zeros_like(source)
     copy = 2 * _COPIED / _median(lambda: target.copy_(source))
@@ -70,6 +74,7 @@ def measure() -> Machine:
         copy,
         products,
         load,
+        keeps_memory,
     )
 
 
@@ -99,6 +104,17 @@ def _median(step: Callable[[], object], rounds: int = 9) -> float:
 def load_average() -> float | None:
     """Over the last minute; None where the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def keep_memory() -> bool:
+    """Have what is freed stay in this process, where its C library can (glibc).
+
+    Memory that returns to the system comes back page by page, which may cost more than to compute
+    what is written there. All contenders are spared that alike.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+    return bool(mallopt and mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
 class Neighbours:

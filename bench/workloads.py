@@ -107,6 +107,9 @@ TRAIN_48 = drug_like("W-T 48", 48)
 TRAIN_4 = drug_like("W-T 4", 4)
 WORKLOADS = (SMALL, LARGE, TRAIN_48, TRAIN_4)
 
+MANY_PATCHES = _equal("256 x 120", 256, 120, ANCHORS + 32)
+"""What the goals of pooling are about: 30 720 atoms in 8 192 patches, more than caches hold."""
+
 SCREEN_SMALL = _equal("W-S", 4096, 30, ANCHORS + 8)
 SCREEN_LARGE = _equal("W-L", 4096, 150, ANCHORS + 38)
 """For a GPU. No molecule needs padding here: what pads is at its best."""

@@ -15,7 +15,7 @@ from bench.contest import Contender, Entry, Outcome, Task, Work, WrongResultErro
 from bench.machine import Machine
 
 pytest_plugins = ["pytester"]
-MACHINE = Machine("a CPU", 2, 1, "scalar", "2.13", 1e9, {"fp32": 1e9}, 0.0)
+MACHINE = Machine("a CPU", 2, 1, "scalar", "2.13", 1e9, {"fp32": 1e9}, 0.0, True)
 
 
 def square(x):
