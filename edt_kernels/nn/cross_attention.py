@@ -6,10 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edt_kernels.ops.ragged_attention import ragged_attention
-
-WIDEST_ON_GPU = 256
-"""Width of a head beyond which no GPU kernel reads it."""
+from edt_kernels.ops.ragged_attention import WIDEST_ON_GPU, ragged_attention
 
 
 class CrossAttention(nn.Module):

@@ -22,6 +22,9 @@ from edt_kernels.reference.ragged_attention import (
     ragged_attention_general_bwd as reference_general_bwd,
 )
 
+WIDEST_ON_GPU = 256
+"""Width of a head beyond which no GPU kernel reads it."""
+
 
 def _fake(
     q: Tensor,

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from edt_kernels.ops.ragged_attention import WIDEST_ON_GPU
 from edt_kernels.reference.entropy import accumulation_dtype
 from edt_kernels.triton.launch import Configuration, launch
 from edt_kernels.triton.primitives import accumulator, dense, tail_programs
@@ -817,8 +818,10 @@ def _options(
 ) -> dict[str, object]:
     """What both kernels take by name."""
     heads, width = q.shape[1:]
-    if width > 256:
-        raise ValueError(f"q must have shape [Tq, H, D] with D <= 256 on a GPU, got {width}")
+    if width > WIDEST_ON_GPU:
+        raise ValueError(
+            f"q must have shape [Tq, H, D] with D <= {WIDEST_ON_GPU} on a GPU, got {width}"
+        )
     # Tensor cores take 64 at a time, the units of wider numbers one.
     block_d = max(64 if q.element_size() == 2 else 16, triton.next_power_of_2(width))
     plain, general = table[q.element_size(), block_d]

@@ -254,9 +254,20 @@ def test_the_summary_says_what_is_missed_busy_and_not_judged(task):
     assert "not judged, not comparable" in text
 
 
+def recorded_curves(monkeypatch):
+    """Label, x and y of every curve that is drawn from now on."""
+    curves, plot = [], Axes.plot
+
+    def record(ax, x, y, *style, **options):
+        curves.append((options.get("label"), x, y))
+        return plot(ax, x, y, *style, **options)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    return curves
+
+
 def test_contests_over_size_are_drawn_as_curves(task, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Axes, "plot", lambda ax, x, y, *_, **o: drawn.append((o["label"], x, y)))
+    curves = recorded_curves(monkeypatch)
     book = Book()
     for size in (16, 8):
         work = Work(0.0, 1e9 * size)
@@ -268,7 +279,7 @@ def test_contests_over_size_are_drawn_as_curves(task, tmp_path, monkeypatch):
         )
     report.save(book, tmp_path)
     assert (tmp_path / "op.png").stat().st_size > 0
-    assert {label: (x, y) for label, x, y in drawn} == {
+    assert {label: (x, y) for label, x, y in curves} == {
         "roof: bytes or FLOP": ([8, 16], [16, 32]),
         "ours": ([8, 16], [4, 8]),
         "theirs": ([8, 16], [2, 4]),
@@ -277,8 +288,7 @@ def test_contests_over_size_are_drawn_as_curves(task, tmp_path, monkeypatch):
 
 
 def test_contests_over_size_with_memory_are_drawn_as_costs(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Axes, "plot", lambda ax, x, y, *_, **o: drawn.append((x, y)))
+    curves = recorded_curves(monkeypatch)
     book = Book()
     for size in (16, 8):
         entries = {"ours": Entry("ours", [2e-3]), "theirs": Entry("theirs", [4e-3 * size])}
@@ -291,7 +301,10 @@ def test_contests_over_size_with_memory_are_drawn_as_costs(tmp_path, monkeypatch
         )
     report.save(book, tmp_path)
     assert (tmp_path / "op.png").stat().st_size > 0
-    assert drawn == [([8, 16], [2, 2]), ([8, 16], [80, 160]), ([8, 16], [32, 64]), ([], [])]
+    assert curves == [
+        *[("ours", [8, 16], [2, 2]), (None, [8, 16], [80, 160])],
+        *[("theirs", [8, 16], [32, 64]), (None, [], [])],
+    ]
 
 
 def test_a_missed_goal_fails_when_asked_to(pytester, monkeypatch):
