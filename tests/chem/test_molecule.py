@@ -215,7 +215,7 @@ def test_selfies_names_the_missing_package(monkeypatch):
 
 def test_smi_file(tmp_path):
     path = tmp_path / "set.smi"
-    path.write_text("CCO ethanol of wine\n\nC1CC\tbroken\n  N  \nF/C=C\\\\F z\n")
+    path.write_text("Smiles\tTitle\nCCO ethanol of wine\n\nC1CC\tbroken\n  N  \nF/C=C\\\\F z\n")
     assert list(read_file(path)) == [
         ("ethanol of wine", "CCO"),
         ("broken", "C1CC"),
@@ -230,6 +230,12 @@ def test_csv_file(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     assert list(read_file(str(path))) == [("a, b", "CCO"), ("short", ""), ("", "F/C=C\\F")]
+
+
+def test_csv_file_of_semicolons(tmp_path):
+    path = tmp_path / "set.csv"
+    path.write_text("name;y;SMILES\na;1,5;CCO\n")
+    assert list(read_file(path)) == [("a", "CCO")]
 
 
 def test_tsv_file_without_names(tmp_path):

@@ -124,6 +124,13 @@ class TestDescribe:
     def test_a_smiles_that_cannot_be_read(self, fails, smiles, reason):
         assert fails("describe", smiles) == f"SMILES {smiles!r} cannot be read: {reason}"
 
+    def test_a_file_is_for_another_command(self, fails, tmp_path):
+        path = tmp_path / "a.smi"
+        path.write_text("CCO")
+        assert fails("describe", str(path)).endswith(
+            f"; for the molecules of a file: edt demo {path}"
+        )
+
     def test_an_unknown_connector(self, fails):
         message = fails("describe", "CCO", "--connector", "nonsense")
         names = "'edt_former', 'edt_former_3d', 'edt_former_both', 'qformer_32'"

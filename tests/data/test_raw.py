@@ -52,6 +52,19 @@ def test_lines_of_smiles(tmp_path):
     assert [(row.molecules, row.id) for row in rows] == [(("CC",), "ethane"), (("CO",), "methanol")]
 
 
+def test_the_title_of_lines_is_no_molecule(tmp_path):
+    rows = list(read_rows(write(tmp_path / "a.smi", "\nSMILES Name\nCC ethane\nsmiles x\n")))
+    assert [(row.number, row.molecules) for row in rows] == [(0, ("CC",)), (1, ("smiles",))]
+
+
+def test_semicolons_and_decimal_commas(tmp_path):
+    table = write(tmp_path / "a.csv", 'id;Smiles;y\na;"C;C";1,5\nb;CO;2\nc;N;1,2,3\n')
+    first, second, third = read_rows(table, Columns(targets=("y",)))
+    assert (first.id, first.molecules, first.targets) == ("a", ("C;C",), (1.5,))
+    assert second.targets == (2.0,)
+    assert third.reason == "y is no number: '1.2.3'"
+
+
 TURNS = (("user", "What is <mol>?"), ("assistant", "An alcohol."))
 
 

@@ -24,7 +24,12 @@ from edt_former.chem.features import (
     bond_features,
     pretrain_features,
 )
-from edt_former.chem.text_files import open_text, single_backslashes
+from edt_former.chem.text_files import (
+    comma_or_semicolon,
+    open_text,
+    single_backslashes,
+    smiles_lines,
+)
 
 MAX_ATOMS = 4096
 
@@ -350,10 +355,11 @@ _NAME_COLUMNS = ("name", "mol_id", "molecule_name", "compound_name", "title", "c
 def read_file(path: str | Path) -> Iterator[tuple[str, str]]:
     """Yields (name, SMILES) of a file, the name empty where there is none.
 
-    `.smi` and `.txt` hold a SMILES and optionally a name per line; `.csv` and `.tsv` hold a header
-    with a SMILES column (`smiles`, `canonical_smiles`, ..., in any case) and optionally a name
-    column. Each may be compressed (`.gz`). Blank lines are skipped; doubled backslashes, which
-    some public tables have, become single ones. The SMILES are not checked here.
+    `.smi` and `.txt` hold a SMILES and optionally a name per line, perhaps under a title line that
+    begins with "SMILES"; `.csv` (of commas or semicolons) and `.tsv` hold a header with a SMILES
+    column (`smiles`, `canonical_smiles`, ..., in any case) and optionally a name column. Each may
+    be compressed (`.gz`). Blank lines are skipped; doubled backslashes, which some public tables
+    have, become single ones. The SMILES are not checked here.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -370,18 +376,19 @@ def read_file(path: str | Path) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    readers = {".smi": _lines, ".txt": _lines, ".csv": _table, ".tsv": _table}
-    if suffix.lower() not in readers:
-        raise ValueError(f"path must end in .smi, .txt, .csv or .tsv (or .gz), got {path}")
-    return readers[suffix.lower()](path, "\t" if suffix.lower() == ".tsv" else ",")
+    if suffix.lower() in (".smi", ".txt"):
+        return _lines(path)
+    if suffix.lower() == ".tsv":
+        return _table(path, "\t")
+    if suffix.lower() == ".csv":
+        return _table(path, comma_or_semicolon(path))
+    raise ValueError(f"path must end in .smi, .txt, .csv or .tsv (or .gz), got {path}")
 
 
-def _lines(path: Path, _: str) -> Iterator[tuple[str, str]]:
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
     with open_text(path) as file:
-        for line in file:
-            smiles, _, name = line.strip().replace("\t", " ").partition(" ")
-            if smiles:
-                yield name.strip(), single_backslashes(smiles)
+        for smiles, name in smiles_lines(file):
+            yield name, smiles
 
 
 def _table(path: Path, delimiter: str) -> Iterator[tuple[str, str]]:

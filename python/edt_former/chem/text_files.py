@@ -29,6 +29,23 @@ def open_text(path: Path) -> Iterator[io.TextIOBase]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def smiles_lines(file: io.TextIOBase) -> Iterator[tuple[str, str]]:
+    """(SMILES, name) of every line that has one, but of a title, which begins with "SMILES"."""
+    first = True
+    for line in file:
+        smiles, _, name = line.strip().replace("\t", " ").partition(" ")
+        if smiles and not (first and smiles.lower() == "smiles"):
+            yield single_backslashes(smiles), name.strip()
+        first = first and not smiles
+
+
+def comma_or_semicolon(path: Path) -> str:
+    """Between the cells of a `.csv`: semicolons are written where commas mark decimals."""
+    with open_text(path) as file:
+        header = file.readline()
+    return max(",;", key=header.count)
+
+
 def single_backslashes(smiles: str) -> str:
     """A SMILES as it was before a table doubled its backslashes."""
     return smiles.replace("\\\\", "\\")

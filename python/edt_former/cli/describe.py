@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--model must be a folder, got {args.model}")
     molecule = read_molecule(args.smiles)
     if isinstance(molecule, Invalid):
-        raise ValueError(f"SMILES {molecule.source!r} cannot be read: {molecule.reason}")
+        is_file = os.path.isfile(args.smiles)
+        hint = f"; for the molecules of a file: edt demo {args.smiles}" if is_file else ""
+        raise ValueError(f"SMILES {molecule.source!r} cannot be read: {molecule.reason}{hint}")
     model = MoleculeLM.from_pretrained(args.model) if args.model else load(connector_of(args))
     questions = args.ask or [fact.phrasings[0] for fact in FACTS]
     answers = model.answer(molecule, questions)

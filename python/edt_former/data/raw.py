@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edt_former.chem.text_files import open_text, single_backslashes
+from edt_former.chem.text_files import (
+    comma_or_semicolon,
+    open_text,
+    single_backslashes,
+    smiles_lines,
+)
 
 SMILES = ("smiles", "canonical_smiles", "isomeric_smiles", "canonicalsmiles", "mol", "drug")
 IDS = ("cid", "id", "drug_id", "mol_id", "compound_name", "name")
@@ -66,8 +71,9 @@ class RawRow:
 def read_rows(path: Path | str, columns: Columns | None = None) -> Iterator[RawRow]:
     """Yields every row of a file; a row that cannot be read says why in its `reason`.
 
-    * `.smi`: a SMILES per line, behind it a name;
-    * `.csv`: a table with a header; `.tsv`, `.txt`: separated by tabs, quotes stand for themselves;
+    * `.smi`: a SMILES per line, behind it a name; a title line that begins with "SMILES" is none;
+    * `.csv`: a table with a header, of commas, or of semicolons with decimal commas; `.tsv`,
+      `.txt`: separated by tabs, quotes stand for themselves;
     * `.jsonl`, `.json`: an object per line, or a list of them: a molecule with a text, a
       conversation (`messages`, or `conversations` of `user` and `assistant`, or of `from` and
       `value`), or an instruction (`instruction`, `input`, `output`, the molecules in SELFIES).
@@ -93,7 +99,7 @@ def read_rows(path: Path | str, columns: Columns | None = None) -> Iterator[RawR
     if suffix in LINES:
         return _lines(path)
     if suffix in TABLES:
-        return _table(path, columns, "," if suffix == ".csv" else "\t")
+        return _table(path, columns, comma_or_semicolon(path) if suffix == ".csv" else "\t")
     if suffix in JSONS:
         return _json(path, columns, whole=suffix == ".json")
     known = ", ".join((*LINES, *TABLES, *JSONS))
@@ -102,9 +108,8 @@ def read_rows(path: Path | str, columns: Columns | None = None) -> Iterator[RawR
 
 def _lines(path: Path) -> Iterator[RawRow]:
     with open_text(path) as file:
-        for number, line in enumerate(filter(str.strip, file)):
-            smiles, _, name = line.strip().replace("\t", " ").partition(" ")
-            yield RawRow(number, name.strip(), (single_backslashes(smiles),))
+        for number, (smiles, name) in enumerate(smiles_lines(file)):
+            yield RawRow(number, name, (smiles,))
 
 
 def _table(path: Path, columns: Columns, delimiter: str) -> Iterator[RawRow]:
@@ -150,6 +155,7 @@ def _header(path: Path, delimiter: str) -> list[str]:
 def _table_rows(
     path: Path, delimiter: str, width: int, where: _Places, targets: Sequence[str]
 ) -> Iterator[RawRow]:
+    mark = "," if delimiter == ";" else "."  # of decimals
     with open_text(path) as file:
         rows = _reader(file, delimiter)
         next(rows, None)
@@ -161,7 +167,7 @@ def _table_rows(
             name = "" if where.id is None else cells[where.id].strip()
             text = None if where.text is None else cells[where.text].strip() or None
             try:
-                values = _numbers([cells[i] for i in where.targets], targets)
+                values = _numbers([cells[i].replace(mark, ".") for i in where.targets], targets)
             except ValueError as error:
                 yield RawRow(number, name, reason=str(error))
                 continue
