@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.contest import Contender, Task, Work
 from edt_former.chem import read_as_written, read_molecule
-from edt_former.chem.molecule import quiet
+from edt_former.chem.rdkit_log import quiet
 from edt_former.graph import GraphBatch
 from edt_former.tasks.heldout import heldout_molecules
 

@@ -254,7 +254,7 @@ def test_file_errors(tmp_path):
     table.write_text("compound,activity\nx,1\n")
     with pytest.raises(ValueError, match="no SMILES column; its columns are compound, activity"):
         list(read_file(table))
-    other = tmp_path / "set.sdf"
+    other = tmp_path / "set.mol2"
     other.touch()
     with pytest.raises(ValueError, match="must end in"):
         read_file(other)

@@ -312,7 +312,7 @@ class TestFile:
             ("a.csv", "", "has no SMILES column"),
             ("a.csv", "x,y\n1,2\n", "has no SMILES column; its columns are x, y"),
             ("a.smi", "C1CC\nbad\n", "has no valid molecule in 2 rows: unclosed ring"),
-            ("a.mol2", "CCO\n", "path must end in .smi, .txt, .csv or .tsv"),
+            ("a.mol2", "CCO\n", "path must end in .smi, .txt, .csv, .tsv or .sdf"),
             ("a.smi.gz", "CCO\n", "gzip"),
             ("a.csv", "smiles\n" + "C" * 200_000, "field larger than field limit"),
         ],

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from rdkit import Chem
 
 from edt_former.data import Columns, read_rows
+from edt_former.data.raw import RawRow
 
 DAMAGED = gzip.compress(b"smiles\nCCO\nCC\n" * 9, mtime=0)[:-12]
 
@@ -63,6 +65,20 @@ def test_semicolons_and_decimal_commas(tmp_path):
     assert (first.id, first.molecules, first.targets) == ("a", ("C;C",), (1.5,))
     assert second.targets == (2.0,)
     assert third.reason == "y is no number: '1.2.3'"
+
+
+def test_structures(tmp_path):
+    ethanol = Chem.MolToMolBlock(Chem.MolFromSmiles("CCO")).replace("\n", "first\n", 1)
+    good = f"{ethanol}> <Y>\n1.5\n\n> <Caption>\nan alcohol\n\n$$$$\n"
+    bad = f"{ethanol}> <Y>\nmany\n\n> <Code>\n7\n\n$$$$\n"
+    path = write(tmp_path / "a.sdf", good + "nothing\n$$$$\n" + bad)
+    rows = list(read_rows(path, Columns(targets=("y", "z"))))
+    assert rows[0] == RawRow(0, "first", ("CCO",), "an alcohol", targets=(1.5, None))
+    assert rows[1] == RawRow(1, "nothing", reason="the structure cannot be read")
+    assert rows[2] == RawRow(2, "first", reason="y is no number: 'many'")
+    assert [row.id for row in read_rows(path, Columns(id="code"))] == ["", "", "7"]
+    with pytest.raises(ValueError, match="holds structures: no column of SMILES, got 'smiles'"):
+        read_rows(path, Columns(smiles="smiles"))
 
 
 TURNS = (("user", "What is <mol>?"), ("assistant", "An alcohol."))

@@ -14,13 +14,13 @@ from functools import cache
 from pathlib import Path
 
 from edt_former.chem import Invalid, Molecule, read_as_written, read_molecule
-from edt_former.chem.molecule import read_file
+from edt_former.chem.molecule_file import read_file
 from edt_former.data.format import MANIFEST, Part, PreparedMolecule, Row, read_manifest, write_part
 from edt_former.data.raw import read_rows
 from edt_former.language.manifest import Manifest
 from edt_former.weights import open_weights
 
-SUFFIXES = (".smi", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".csv.gz", ".jsonl.gz")
+SUFFIXES = (".smi", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".csv.gz", ".jsonl.gz", ".sdf")
 LONGEST = 300
 """Characters of a SMILES: RDKit's own time on longer nonsense is not ours to measure."""
 

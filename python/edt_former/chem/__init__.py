@@ -23,11 +23,11 @@ from edt_former.chem.molecule import (
     Molecule,
     rdkit_mol,
     read_as_written,
-    read_file,
     read_molecule,
     read_molecules,
     read_selfies,
 )
+from edt_former.chem.molecule_file import read_file
 from edt_former.chem.motifs import MOTIF_WIDTH, Motifs, find_motifs, motif_features
 
 __all__ = [

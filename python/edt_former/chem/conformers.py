@@ -20,7 +20,8 @@ from rdkit import Chem
 from rdkit.Chem import rdDepictor, rdDistGeom, rdForceFieldHelpers
 from tqdm import tqdm
 
-from edt_former.chem.molecule import Invalid, Molecule, quiet
+from edt_former.chem.molecule import Invalid, Molecule
+from edt_former.chem.rdkit_log import quiet
 
 _ATTEMPTS = 20
 _STAGES = (

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import logging
-import re
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from rdkit import Chem, rdBase
+from rdkit import Chem
 from tqdm import tqdm
 
 from edt_former.chem.features import (
@@ -24,12 +18,7 @@ from edt_former.chem.features import (
     bond_features,
     pretrain_features,
 )
-from edt_former.chem.text_files import (
-    comma_or_semicolon,
-    open_text,
-    single_backslashes,
-    smiles_lines,
-)
+from edt_former.chem.rdkit_log import parse_error, quiet
 
 MAX_ATOMS = 4096
 
@@ -214,7 +203,7 @@ def _parse(source: str | Chem.Mol) -> tuple[Chem.Mol, np.ndarray]:
         raise ValueError("a SMILES holds ASCII characters only")
     mol = Chem.MolFromSmiles(text)
     if mol is None:
-        raise ValueError(_parse_error(text))
+        raise ValueError(parse_error(text))
     return mol, np.arange(mol.GetNumAtoms())
 
 
@@ -270,140 +259,3 @@ def _describe(source: object) -> str:
         except (ValueError, RuntimeError):
             return "Mol"
     return repr(source)
-
-
-class _ErrorLines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-_log_lock = threading.Lock()
-
-
-class _Quiet:
-    """The logs that RDKit had before the first of those who are inside came in."""
-
-    def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
-        self.levels: list[list[str]] = []
-
-    def enter(self) -> None:
-        with self.lock:
-            if not self.inside:
-                self.levels = [line.split(":") for line in rdBase.LogStatus().splitlines()]
-                for name, _ in self.levels:
-                    rdBase.DisableLog(name)
-            self.inside += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.inside -= 1
-            if not self.inside:
-                for name, state in self.levels:
-                    (rdBase.EnableLog if state == "enabled" else rdBase.DisableLog)(name)
-
-
-_logs = _Quiet()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """RDKit logs nothing inside, and what it logged before again afterwards.
-
-    `rdBase.BlockLogs` forgets what it blocked when the log is led elsewhere inside, as
-    `_parse_error` does. To go in and out costs as much as to read a small molecule, so loops over
-    many are inside as a whole: within another `quiet` it costs nothing.
-    """
-    _logs.enter()
-    try:
-        yield
-    finally:
-        _logs.leave()
-
-
-def _parse_error(smiles: str) -> str:
-    """RDKit's own words on why it cannot parse `smiles`."""
-    logger, handler = logging.getLogger("rdkit"), _ErrorLines()
-    with _log_lock:
-        handlers, logger.handlers = logger.handlers, [handler]
-        rdBase.LogToPythonLogger()
-        rdBase.EnableLog("rdApp.error")
-        try:
-            Chem.MolFromSmiles(smiles)
-        finally:
-            rdBase.DisableLog("rdApp.error")
-            rdBase.LogToCppStreams()
-            logger.handlers = handlers
-    lines = [line.strip() for text in handler.lines for line in text.splitlines()]
-    if not lines:
-        return "RDKit cannot parse the SMILES"
-    reason = re.sub(r"^\[[\d:]+\]\s*", "", lines[0]).removeprefix("SMILES Parse Error: ")
-    reason = re.sub(r"\s+(while parsing: |for input: ).*$", "", reason)
-    position = re.search(r"around position (\d+)", " ".join(lines))
-    where = f" at position {position[1]}" if position else ""
-    return " ".join(reason.split()) + where
-
-
-_SMILES_COLUMNS = ("smiles", "canonical_smiles", "isomeric_smiles", "canonicalsmiles", "mol")
-_NAME_COLUMNS = ("name", "mol_id", "molecule_name", "compound_name", "title", "cid", "id")
-
-
-def read_file(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yields (name, SMILES) of a file, the name empty where there is none.
-
-    `.smi` and `.txt` hold a SMILES and optionally a name per line, perhaps under a title line that
-    begins with "SMILES"; `.csv` (of commas or semicolons) and `.tsv` hold a header with a SMILES
-    column (`smiles`, `canonical_smiles`, ..., in any case) and optionally a name column. Each may
-    be compressed (`.gz`). Blank lines are skipped; doubled backslashes, which some public tables
-    have, become single ones. The SMILES are not checked here.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the suffix is none of these, no column holds SMILES, or the file is damaged.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder, "alcohols.csv")
-    ...     _ = path.write_text("name,SMILES\\nethanol,CCO\\nmethanol,CO\\n")
-    ...     list(read_file(path))
-    [('ethanol', 'CCO'), ('methanol', 'CO')]
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix.lower() in (".smi", ".txt"):
-        return _lines(path)
-    if suffix.lower() == ".tsv":
-        return _table(path, "\t")
-    if suffix.lower() == ".csv":
-        return _table(path, comma_or_semicolon(path))
-    raise ValueError(f"path must end in .smi, .txt, .csv or .tsv (or .gz), got {path}")
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    with open_text(path) as file:
-        for smiles, name in smiles_lines(file):
-            yield name, smiles
-
-
-def _table(path: Path, delimiter: str) -> Iterator[tuple[str, str]]:
-    with open_text(path) as file:
-        rows = csv.reader(file, delimiter=delimiter)
-        header = next(rows, [])
-        columns = {name.strip().lower(): i for i, name in reversed(list(enumerate(header)))}
-        smiles_column = next((columns[n] for n in _SMILES_COLUMNS if n in columns), None)
-        name_column = next((columns[n] for n in _NAME_COLUMNS if n in columns), None)
-        if smiles_column is None:
-            raise ValueError(f"{path} has no SMILES column; its columns are {', '.join(header)}")
-        for row in rows:
-            if not any(cell.strip() for cell in row):
-                continue
-            smiles = row[smiles_column].strip() if smiles_column < len(row) else ""
-            named = name_column is not None and name_column < len(row)
-            name = row[name_column].strip() if named else ""
-            yield name, single_backslashes(smiles)

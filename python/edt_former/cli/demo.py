@@ -55,8 +55,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="known drugs, accuracy and speed; or the molecules of a file",
         description="Ask the shipped model about eight known drugs, measure how often it is right "
         "on drugs that no training step has seen, and how fast the connector is. With a file "
-        "(.smi, .txt, .csv, .tsv, .gz), ask about its molecules. Write an HTML page of it all. "
-        "Beside it stands how every shipped connector did on the whole list of held-out drugs.",
+        "(.smi, .txt, .csv, .tsv, .sdf, .gz), ask about its molecules. Write an HTML page of it "
+        "all. Beside it stands how every shipped connector did on the whole list of held-out "
+        "drugs.",
         epilog="example: edt demo molecules.csv --out answers.csv",
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="SMILES to ask about")

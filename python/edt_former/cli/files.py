@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-MOLECULE_FILES = (".smi", ".txt", ".csv", ".tsv", ".gz")
+MOLECULE_FILES = (".smi", ".txt", ".csv", ".tsv", ".sdf", ".gz")
 """What a file of molecules ends with; no SMILES does."""
 
 

@@ -30,7 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="FILE",
         help="a table (.csv, .tsv, .txt with tabs), JSON lines (.jsonl) or a list (.json) in a "
-        "published layout, or SMILES (.smi); each perhaps with .gz behind",
+        "published layout, SMILES (.smi) or structures (.sdf); each perhaps with .gz behind",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     columns = parser.add_argument_group("columns, where they have unusual names")

@@ -9,7 +9,7 @@ from pathlib import Path
 from rdkit import Chem
 
 from edt_former.chem import Invalid, Molecule, rdkit_mol, read_molecule, read_selfies
-from edt_former.chem.molecule import quiet
+from edt_former.chem.rdkit_log import quiet
 from edt_former.data.format import Part, part_paths, read_manifest
 from edt_former.data.raw import Columns, read_rows
 

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from edt_former.chem import ConformerOptions, Invalid, Molecule, make_conformers
-from edt_former.chem.molecule import quiet
+from edt_former.chem.rdkit_log import quiet
 from edt_former.data.format import (
     MANIFEST,
     PART,

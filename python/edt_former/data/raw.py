@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edt_former.chem.sd_file import read_structures
 from edt_former.chem.text_files import (
     comma_or_semicolon,
     open_text,
@@ -22,6 +23,7 @@ SMILES = ("smiles", "canonical_smiles", "isomeric_smiles", "canonicalsmiles", "m
 IDS = ("cid", "id", "drug_id", "mol_id", "compound_name", "name")
 TEXTS = ("text", "description", "caption", "iupac_name", "iupacname", "iupac")
 LINES, TABLES, JSONS = (".smi",), (".csv", ".tsv", ".txt"), (".jsonl", ".json")
+STRUCTURES = (".sdf",)
 MARK = "<mol>"
 SELFIES = re.compile(r"(?:\[[^\[\]\s]+\]|\.|>>)+")
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -76,7 +78,9 @@ def read_rows(path: Path | str, columns: Columns | None = None) -> Iterator[RawR
       `.txt`: separated by tabs, quotes stand for themselves;
     * `.jsonl`, `.json`: an object per line, or a list of them: a molecule with a text, a
       conversation (`messages`, or `conversations` of `user` and `assistant`, or of `from` and
-      `value`), or an instruction (`instruction`, `input`, `output`, the molecules in SELFIES).
+      `value`), or an instruction (`instruction`, `input`, `output`, the molecules in SELFIES);
+    * `.sdf`: structures, their properties like the columns of a table; the title is the id unless
+      there is none or a property is named, and places of atoms are not kept.
 
     All may be compressed (`.gz`). Doubled backslashes of a SMILES become single ones.
 
@@ -102,7 +106,9 @@ def read_rows(path: Path | str, columns: Columns | None = None) -> Iterator[RawR
         return _table(path, columns, comma_or_semicolon(path) if suffix == ".csv" else "\t")
     if suffix in JSONS:
         return _json(path, columns, whole=suffix == ".json")
-    known = ", ".join((*LINES, *TABLES, *JSONS))
+    if suffix in STRUCTURES:
+        return _structures(path, columns)
+    known = ", ".join((*LINES, *TABLES, *JSONS, *STRUCTURES))
     raise ValueError(f"{path} must end in one of {known} (or .gz after it)")
 
 
@@ -185,6 +191,29 @@ def _numbers(cells: Sequence[Any], names: Sequence[str]) -> tuple[float | None, 
         except (TypeError, ValueError):
             raise ValueError(f"{name} is no number: {str(cell)[:40]!r}") from None
     return tuple(numbers)
+
+
+def _structures(path: Path, columns: Columns) -> Iterator[RawRow]:
+    if columns.smiles is not None:
+        raise ValueError(f"{path} holds structures: no column of SMILES, got {columns.smiles!r}")
+    return _structure_rows(path, columns)
+
+
+def _structure_rows(path: Path, columns: Columns) -> Iterator[RawRow]:
+    ids = IDS if columns.id is None else (columns.id.lower(),)
+    texts = TEXTS if columns.text is None else (columns.text.lower(),)
+    for number, record in enumerate(read_structures(path)):
+        title = record.name if columns.id is None else ""
+        name, text = title or record.first_of(ids), record.first_of(texts) or None
+        cells = [record.first_of((target.lower(),)) for target in columns.targets]
+        try:
+            if not record.smiles:
+                raise ValueError("the structure cannot be read")
+            values = _numbers(cells, columns.targets)
+        except ValueError as error:
+            yield RawRow(number, name, reason=str(error))
+            continue
+        yield RawRow(number, name, (record.smiles,), text, targets=values)
 
 
 def _json(path: Path, columns: Columns, *, whole: bool) -> Iterator[RawRow]:
