@@ -22,6 +22,12 @@ MISSED = pytest.StashKey[list[Goal]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--assert-goals", action="store_true", help="a missed goal fails the run")
     parser.addoption(
+        "--keep-memory",
+        action="store_true",
+        help="freed memory stays in the process, as with other allocators than glibc's: no "
+        "contender waits for fresh pages",
+    )
+    parser.addoption(
         "--bench-dir",
         type=Path,
         default=Path(__file__).parent / "results",
@@ -66,9 +72,9 @@ def book(pytestconfig: pytest.Config) -> Book:
 
 
 @pytest.fixture(scope="session")
-def machine(book: Book) -> Machine:
+def machine(pytestconfig: pytest.Config, book: Book) -> Machine:
     """What this machine is, with its copy bandwidth and matrix product rates of now."""
-    book.machine = measure()
+    book.machine = measure(keeps_memory=pytestconfig.getoption("--keep-memory"))
     return book.machine
 
 

@@ -55,9 +55,11 @@ class Machine:
         )
 
 
-def measure() -> Machine:
-    """This machine, from now on with `keep_memory`. Takes about two seconds."""
-    load, keeps_memory = load_average(), keep_memory()
+def measure(*, keeps_memory: bool = False) -> Machine:
+    """This machine, from now on with `keep_memory` if asked to. Takes about two seconds."""
+    load = load_average()
+    if keeps_memory:
+        keep_memory()
     source = torch.zeros(_COPIED // 4)
     target = torch.zeros_like(source)
     copy = 2 * _COPIED / _median(lambda: target.copy_(source))
@@ -106,15 +108,19 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def keep_memory() -> bool:
-    """Have what is freed stay in this process, where its C library can (glibc).
+def keep_memory() -> None:
+    """Have what is freed stay in this process.
 
     Memory that returns to the system comes back page by page, which may cost more than to compute
     what is written there. All contenders are spared that alike.
+
+    Raises:
+        RuntimeError: the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
-    return bool(mallopt and mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
+    if not (mallopt and mallopt(trim_threshold, -1) and mallopt(mmap_max, 0)):
+        raise RuntimeError("--keep-memory needs glibc, whose malloc can be told to")
 
 
 class Neighbours:
