@@ -1,5 +1,6 @@
 """Drives CMake for the native module; everything else about the package is in pyproject.toml."""
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -27,13 +28,21 @@ def torch_folder() -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
+def run(command: list) -> None:
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         torch = torch_folder()
         if torch is None:
             raise CompileError("the native module needs torch's headers: install torch first")
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        build = ROOT / self.build_temp
+        # Kept, so that what has not changed is not compiled again, whoever builds: kernels know
+        # neither Python nor torch. CMake refuses a folder that was moved, hence the name, and one
+        # that is damaged.
+        build = ROOT / "build" / f"cmake-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]}"
+        known = build.exists()
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DTORCH_FOLDER={torch}"]
         python = sysconfig.get_path("include")
         configure += [f"-DPYTHON_INCLUDE={python}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}"]
@@ -42,8 +51,14 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja")
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         try:
-            subprocess.run(configure, check=True, stdout=sys.stderr)
-            subprocess.run(["cmake", "--build", build], check=True, stdout=sys.stderr)
+            try:
+                run(configure)
+            except subprocess.CalledProcessError:
+                if not known:
+                    raise
+                shutil.rmtree(build)
+                run(configure)
+            run(["cmake", "--build", build])
         except (OSError, subprocess.CalledProcessError) as error:
             # What an optional extension may fail with.
             raise CompileError(f"CMake did not build the native module: {error}") from error

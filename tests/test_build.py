@@ -43,11 +43,11 @@ def test_the_backend_is_setuptools_otherwise(backend):
 
 
 def build(folder: Path, native: str, cuda: str = "") -> subprocess.CompletedProcess:
-    """`build_ext` on a machine without CMake."""
+    """`build_ext` on a machine whose only programs are in `folder`: without CMake, if not there."""
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, folder)
     for package in ("edt_kernels", "python/edt_former"):
-        (folder / package).mkdir(parents=True)
+        (folder / package).mkdir(parents=True, exist_ok=True)
         (folder / package / "__init__.py").touch()
     environment = {**os.environ, "PATH": str(folder), "EDT_NATIVE": native}
     environment["EDT_CUDA_NATIVE"] = cuda
@@ -76,3 +76,21 @@ def test_cuda_kernels_that_were_asked_for_must_be_built(tmp_path):
 def test_no_native_build_where_none_is_wanted(tmp_path):
     result = build(tmp_path, "0")
     assert result.returncode == 0 and "CMake" not in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="CMake is a shell script here")
+def test_a_damaged_build_folder_is_made_anew_and_a_good_one_is_kept(tmp_path):
+    cmake = tmp_path / "cmake"
+    cmake.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --build ]; then exit 0; fi\n'
+        'if [ -e "$4/damaged" ]; then exit 1; fi\n'
+        '/bin/mkdir -p "$4"\n'
+    )
+    cmake.chmod(0o755)
+    assert build(tmp_path, "1").returncode == 0
+    (folder,) = (tmp_path / "build").glob("cmake-*")
+    (folder / "object").touch()
+    assert build(tmp_path, "1").returncode == 0 and (folder / "object").exists()
+    (folder / "damaged").touch()
+    assert build(tmp_path, "1").returncode == 0 and not list(folder.iterdir())
