@@ -531,13 +531,15 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         """Answers to questions about molecules, greedily unless `kwargs` say otherwise.
 
         Args:
-            molecules: one per question, or one for all; each may be a list of several.
+            molecules: one per question, or one for all; each may be a list of several. Arrays and
+                columns of tables will do.
             questions: one per molecule, or one for all.
             batch_size: how many are asked at a time.
             max_new_tokens: longest answer.
             kwargs: of `generate`.
 
         Raises:
+            TypeError: a question is no string.
             ValueError: there is no processor; as many molecules as questions are needed; a
                 molecule cannot be read.
         """
@@ -800,8 +802,12 @@ def _accepts(language_model: nn.Module, argument: str) -> bool:
 
 def _paired(molecules: Any, questions: str | Sequence[str]) -> list[tuple[list[Any], str]]:
     """The molecules of each question; what comes alone goes with all."""
+    molecules, questions = map(_as_list, (molecules, questions))
     many = isinstance(molecules, list | tuple)
     asked = [questions] if isinstance(questions, str) else list(questions)
+    for i, question in enumerate(asked):
+        if not isinstance(question, str):
+            raise TypeError(f"questions[{i}] must be a string, got {type(question).__name__}")
     given = list(molecules) if many else [molecules]
     if isinstance(questions, str):
         asked = asked * len(given)
@@ -813,6 +819,11 @@ def _paired(molecules: Any, questions: str | Sequence[str]) -> list[tuple[list[A
         )
     lists = [list(m) if isinstance(m, list | tuple) else [m] for m in given]
     return list(zip(lists, asked, strict=True))
+
+
+def _as_list(given: Any) -> Any:
+    """Arrays and columns of tables as lists; anything else as it is."""
+    return given.tolist() if hasattr(given, "tolist") else given
 
 
 AutoModel.register(MoleculeConfig, MoleculeLM)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -237,8 +238,12 @@ def test_answers_come_one_per_question_whatever_the_batch(make_model):
     assert every == each
     asked = model.answer("CCO", ["how many rings ?", "yes"], **short)
     assert asked == [each[0], *model.answer("CCO", "yes", **short)]
+    column = np.array(["CCO", "[Na+]"], dtype=object)
+    assert model.answer(column, "how many rings ?", **short) == [each[0], each[2]]
     with pytest.raises(ValueError, match="as many, got 2 and 3"):
         model.answer(["C", "CC"], ["yes"] * 3)
+    with pytest.raises(TypeError, match=r"questions\[1\] must be a string, got int"):
+        model.answer("C", ["yes", 3])
 
 
 def test_embeddings_of_molecules_do_not_depend_on_the_batch(make_model):
