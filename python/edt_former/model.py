@@ -41,6 +41,7 @@ from edt_former.processor import (
     IGNORED_LABEL,
     MoleculeProcessor,
     PatchSets,
+    as_list,
     find_patch_sets,
     places,
     read_all,
@@ -802,7 +803,7 @@ def _accepts(language_model: nn.Module, argument: str) -> bool:
 
 def _paired(molecules: Any, questions: str | Sequence[str]) -> list[tuple[list[Any], str]]:
     """The molecules of each question; what comes alone goes with all."""
-    molecules, questions = map(_as_list, (molecules, questions))
+    molecules, questions = map(as_list, (molecules, questions))
     many = isinstance(molecules, list | tuple)
     asked = [questions] if isinstance(questions, str) else list(questions)
     for i, question in enumerate(asked):
@@ -819,11 +820,6 @@ def _paired(molecules: Any, questions: str | Sequence[str]) -> list[tuple[list[A
         )
     lists = [list(m) if isinstance(m, list | tuple) else [m] for m in given]
     return list(zip(lists, asked, strict=True))
-
-
-def _as_list(given: Any) -> Any:
-    """Arrays and columns of tables as lists; anything else as it is."""
-    return given.tolist() if hasattr(given, "tolist") else given
 
 
 AutoModel.register(MoleculeConfig, MoleculeLM)

@@ -180,6 +180,11 @@ def read_all(
     return molecules
 
 
+def as_list(given: Any) -> Any:
+    """Arrays and columns of tables as lists; anything else as it is."""
+    return given.tolist() if hasattr(given, "tolist") else given
+
+
 def places(
     molecules: Sequence[Molecule], conformers: Sequence[Conformer | Invalid]
 ) -> list[np.ndarray]:
@@ -325,7 +330,7 @@ class MoleculeProcessor:
         Args:
             text: one text per row, or a single one; `<mol>` marks a molecule.
             molecules: the molecules in the order of their marks, see `as_molecule`: one, a flat
-                list over all rows, or a list per row; None where there are none.
+                list, array or column over all rows, or a list per row; None where there are none.
             answers: what the model shall say, one per row: appended with the end-of-sequence token
                 (and a space, unless white space is there), and the only tokens with a label.
             selfies: strings are SELFIES.
@@ -748,6 +753,7 @@ class MoleculeProcessor:
 
 def _by_mark(molecules: Any, marks: list[int], mol_token: str) -> list[Any]:
     """All molecules in the order of their marks; `molecules` is one, flat, or a list per row."""
+    molecules = as_list(molecules)
     if not isinstance(molecules, list | tuple):
         molecules = [] if molecules is None else [molecules]
     nested = [isinstance(item, list | tuple) for item in molecules]

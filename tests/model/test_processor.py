@@ -146,6 +146,12 @@ def test_graph_data_that_cannot_be_right_is_refused(make_processor, changed, rea
         make_processor()("<mol>", SimpleNamespace(**good | changed))
 
 
+def test_molecules_may_be_an_array(make_processor):
+    processor, texts = make_processor(), ["<mol> how", "<mol> many"]
+    array = processor(texts, np.array(["C", "CCO"], dtype=object))
+    assert torch.equal(array["input_ids"], processor(texts, ["C", "CCO"])["input_ids"])
+
+
 def test_answers_are_labels_and_rows_are_padded_on_the_right(make_processor):
     inputs = make_processor()(["<mol> how", "many"], ["C"], answers=["3", "yes no"])
     assert inputs["input_ids"].tolist() == [
