@@ -121,6 +121,15 @@ def test_a_truncated_pickle(tmp_path):
         open_weights(file)
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80", b"\x80?\x808", b"PK\x03\x04 no archive", b"text"]
+)
+def test_what_is_no_pickle(tmp_path, content):
+    (tmp_path / "w.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"w.bin is damaged"):
+        open_weights(tmp_path / "w.bin")
+
+
 class Code:
     ran = False
 

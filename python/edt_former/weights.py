@@ -173,8 +173,11 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             f"{file} is damaged or holds more than weights, and nothing else is read"
             f"{f': {reason}' if reason else ''}"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+    except OSError:
+        raise
+    except Exception as error:  # torch checks little of what it reads, so anything may come
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"{file} is damaged: {type(error).__name__} {said}".rstrip()) from error
     for name in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
