@@ -183,8 +183,9 @@ class Cutter {
 
 using PatchTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Cuts every molecule, in parallel. entropies(begin, end) gives those of the rows of some
-// molecules: a pointer to T. Molecules are counted in the first pass and numbered in the second.
+// Cuts every molecule, in parallel. entropies(begin, end, scratch) gives those of the rows of some
+// molecules: a pointer to T, into `scratch` if need be. Molecules are counted in the first pass and
+// numbered in the second.
 template <class T, class Entropies>
 PatchTensors cut_batch(int64_t rows, const std::vector<int64_t>& offsets, const Cut& cut,
                        int64_t capacity, int64_t grain, Entropies entropies) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from rdkit import Chem
@@ -30,9 +31,12 @@ class StructureRecord:
     properties: Mapping[str, str] = field(default_factory=dict)
 
     def first_of(self, names: Iterable[str]) -> str:
-        """The first property of these names, in any case, that is not empty; "" without one."""
-        found = {name.lower(): value.strip() for name, value in self.properties.items()}
-        return next((found[name] for name in names if found.get(name)), "")
+        """The first property of these lower-case names that is not empty; "" without one."""
+        return next((self._lower[name] for name in names if self._lower.get(name)), "")
+
+    @cached_property
+    def _lower(self) -> dict[str, str]:
+        return {name.lower(): value.strip() for name, value in self.properties.items()}
 
 
 def read_structures(path: Path) -> Iterator[StructureRecord]:
