@@ -43,12 +43,13 @@ void check_inputs(const Tensor& hidden, const Tensor& weight, const std::optiona
 
 LinearEntropy describe(const Tensor& hidden, const Tensor& weight,
                        const std::optional<Tensor>& bias, double scale, const Tensor& h,
-                       const Tensor& top, const Tensor& log_total) {
+                       const Tensor& top, const Tensor& log_total, const Tensor& kept) {
   LinearEntropy x{};
   x.hidden = hidden.data_ptr(), x.weight = weight.data_ptr();
   x.bias = bias ? bias->data_ptr() : nullptr;
   x.rows = h.numel(), x.width = weight.size(1), x.tokens = weight.size(0), x.scale = scale;
   x.h = h.data_ptr(), x.top = top.data_ptr(), x.log_total = log_total.data_ptr();
+  x.logits = kept.size(0) ? kept.data_ptr() : nullptr, x.logit_stride = kept.size(1);
   return x;
 }
 
@@ -67,8 +68,9 @@ struct Spans {
   int64_t end(int64_t span) const { return std::min(tokens, (span + 1) * size); }
 };
 
-std::tuple<Tensor, Tensor, Tensor> linear_entropy(Tensor hidden, Tensor weight,
-                                                  std::optional<Tensor> bias, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_entropy(Tensor hidden, Tensor weight,
+                                                          std::optional<Tensor> bias, double scale,
+                                                          bool keep) {
   check_inputs(hidden, weight, bias);
   const auto& kernels = kernels_for(dtype_of(hidden));
   hidden = dense(hidden), weight = dense(weight);
@@ -77,7 +79,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy(Tensor hidden, Tensor weight,
   const ScalarType type = row_type(dtype_of(hidden));
   const Tensor h = allocate(shape, type), top = allocate(shape, type);
   const Tensor log_total = allocate(shape, type);
-  const auto x = describe(hidden, weight, bias, scale, h, top, log_total);
+  const Tensor kept = allocate(
+      {keep ? h.numel() : 0, divide_up(weight.size(0), kKeptMultiple) * kKeptMultiple}, type);
+  const auto x = describe(hidden, weight, bias, scale, h, top, log_total, kept);
   const Spans spans(kernels, x);
   const Tensor sums = allocate({spans.count, 3, x.rows}, type);
   const int64_t grain = 1 + kGrain / (x.width * spans.size + 1);
@@ -95,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_entropy(Tensor hidden, Tensor weight,
   torch::stable::parallel_for(0, x.rows, kGrain / 16, [&](int64_t begin, int64_t end) {
     kernels.finish(x, sums.data_ptr(), spans.count, begin, end);
   });
-  return {h, top, log_total};
+  return {h, top, log_total, kept};
 }
 
 // Writes dhidden where x has it, and dweight and dbias if they are `wanted`. One task is some
@@ -159,21 +163,26 @@ void gradients(const LinearEntropyKernels& kernels, const LinearEntropy& x, bool
 
 std::tuple<Tensor, Tensor, Tensor> linear_entropy_bwd(Tensor grad, Tensor hidden, Tensor weight,
                                                       std::optional<Tensor> bias, Tensor h,
-                                                      Tensor top, Tensor log_total, double scale,
-                                                      bool need_hidden, bool need_weight) {
+                                                      Tensor top, Tensor log_total, Tensor kept,
+                                                      double scale, bool need_hidden,
+                                                      bool need_weight) {
   check_inputs(hidden, weight, bias);
   const ScalarType dtype = dtype_of(hidden);
   const auto& kernels = kernels_for(dtype);
   hidden = dense(hidden), weight = dense(weight), grad = dense(grad);
-  h = dense(h), top = dense(top), log_total = dense(log_total);
+  h = dense(h), top = dense(top), log_total = dense(log_total), kept = dense(kept);
   if (bias) bias = dense(*bias);
   const int64_t rows = h.numel();
   STD_TORCH_CHECK(rows * weight.size(1) == hidden.numel(), "linear_entropy_bwd: rows");
   for (const Tensor& row : {grad, h, top, log_total})
     STD_TORCH_CHECK(row.numel() == rows && dtype_of(row) == row_type(dtype),
                     "linear_entropy_bwd: rows");
+  STD_TORCH_CHECK(kept.dim() == 2 && dtype_of(kept) == row_type(dtype) &&
+                      (kept.size(0) == 0 || kept.size(0) == rows) &&
+                      kept.size(1) >= weight.size(0) && kept.size(1) % kKeptMultiple == 0,
+                  "linear_entropy_bwd: kept logits");
 
-  auto x = describe(hidden, weight, bias, scale, h, top, log_total);
+  auto x = describe(hidden, weight, bias, scale, h, top, log_total, kept);
   x.grad = grad.data_ptr();
   const Tensor dhidden = need_hidden ? allocate_like(hidden) : allocate({0, x.width}, dtype);
   const Tensor dweight = allocate({need_weight ? x.tokens : 0, x.width}, dtype);

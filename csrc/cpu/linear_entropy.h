@@ -7,14 +7,21 @@
 
 namespace edt {
 
+// Numbers that rows of kept logits are filled up to: whole vectors of any level.
+constexpr int64_t kKeptMultiple = 16;
+
 // All contiguous. Per-row numbers are double where hidden is, else float.
 struct LinearEntropy {
   const void *hidden, *weight, *bias;  // [N, D], [V, D], [V] or null
   int64_t rows, width, tokens;         // N, D, V
   double scale;                        // of the entropy in nats
   void *h, *top, *log_total;           // [N]: written by the forward, read by the backward
-  const void* grad;                    // [N], backward only
-  void* dhidden;                       // [N, D], or null
+  // [N, stride], of the type of per-row numbers, or null: likewise; else the backward makes them
+  // again. The stride is a multiple of kKeptMultiple.
+  void* logits;
+  int64_t logit_stride;
+  const void* grad;  // [N], backward only
+  void* dhidden;     // [N, D], or null
 };
 
 // What one task of the backward computes: the share of some rows and some tokens in the gradients.

@@ -1,6 +1,7 @@
-// A tile is some rows of hidden times a panel of the weight: it is made, read and forgotten. The
-// forward keeps m, S and T of every row; the backward makes each tile again, and a tile gives to
-// all three gradients. What a row gets does not depend on the rows beside it.
+// A tile is some rows of hidden times a panel of the weight: it is made, read and forgotten, or
+// kept where it belongs. The forward keeps m, S and T of every row; the backward makes a forgotten
+// tile again, and a tile gives to all three gradients. What a row gets does not depend on the rows
+// beside it.
 #include "linear_entropy.h"
 
 #include "logit_rows.h"
@@ -148,13 +149,12 @@ struct Panel {
     for (int64_t j = tokens; j < columns; ++j) scratch.bias[j] = kNothing<T>;
   }
 
-  // The logits of `rows` rows of hidden, [rows, kPanel].
-  void multiply_rows(Matrix<T> hidden, int64_t rows, T* logits) const {
-    multiply_strips<false>(plain(hidden), weight_t, Matrix<T>{logits, kPanel}, rows, columns,
-                           width);
+  // The logits of `rows` rows of hidden.
+  void multiply_rows(Matrix<T> hidden, int64_t rows, Matrix<T> logits) const {
+    multiply_strips<false>(plain(hidden), weight_t, logits, rows, columns, width);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; j += kLanes<T>) {
-        T* at = logits + i * kPanel + j;
+        T* at = logits.data + i * logits.stride + j;
         store(at, load(at) + load(bias + j));
       }
   }
@@ -163,6 +163,20 @@ struct Panel {
 template <class T>
 EDT_INLINE Matrix<T> rows_from(Matrix<T> x, int64_t row) {
   return {x.data + row * x.stride, x.stride};
+}
+
+// Where the tile of these rows and tokens is kept, or the one that is forgotten.
+template <class T>
+EDT_INLINE Matrix<T> tile(const LinearEntropy& x, int64_t row, int64_t token, T* scratch) {
+  if (!x.logits) return {scratch, kPanel};
+  return {static_cast<T*>(x.logits) + row * x.logit_stride + token, x.logit_stride};
+}
+
+// The columns [from, to) of some rows hold no logits.
+template <class T>
+void fill_up(Matrix<T> logits, int64_t rows, int64_t from, int64_t to) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = from; j < to; ++j) logits.data[i * logits.stride + j] = kNothing<T>;
 }
 
 template <class S, class T = typename ComputeType<S>::type>
@@ -180,11 +194,14 @@ void forward(const LinearEntropy& x, int64_t first, int64_t last, int64_t begin,
       const Panel<S, T> panel(x, token, last, scratch);
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t block = rows - i < kRows ? rows - i : kRows;
-        panel.multiply_rows(rows_from(hidden, i), block, scratch.logits);
+        const auto logits = tile(x, r + i, token, scratch.logits);
+        panel.multiply_rows(rows_from(hidden, i), block, logits);
+        if (x.logits && token + kPanel >= x.tokens)
+          fill_up(logits, block, panel.columns, x.logit_stride - token);
         const auto add = [&](int64_t row, const Sums<T>& sums) __attribute__((always_inline)) {
           state[(i + row) / n] = state[(i + row) / n] + sums;
         };
-        sum_rows(scratch.logits, kPanel, panel.columns, block, add);
+        sum_rows(logits.data, logits.stride, panel.columns, block, add);
       }
     }
     T* to = static_cast<T*>(sums) + r;
@@ -215,15 +232,16 @@ void finish(const LinearEntropy& x, const void* all_sums, int64_t spans, int64_t
   }
 }
 
-// Logits of rows [r, r + rows), in place, as -g p (scale ln p + h).
+// -g p (scale ln p + h) for logits of the rows [r, r + rows), which may lie in the same place.
 template <class T>
-void slopes(const LinearEntropy& x, int64_t r, int64_t rows, int64_t columns, T* logits) {
+void slopes(const LinearEntropy& x, int64_t r, int64_t rows, int64_t columns, Matrix<T> logits,
+            T* to) {
   for (int64_t i = 0; i < rows; i += 2) {
     const int64_t second = i + 1 < rows ? i + 1 : i;
-    T* const at[] = {logits + i * kPanel, logits + second * kPanel};
     write_slopes<T>({Slope<T>(x.grad, x.h, x.top, x.log_total, x.scale, r + i),
                      Slope<T>(x.grad, x.h, x.top, x.log_total, x.scale, r + second)},
-                    {at[0], at[1]}, at, columns);
+                    {logits.data + i * logits.stride, logits.data + second * logits.stride},
+                    {to + i * kPanel, to + second * kPanel}, columns);
   }
 }
 
@@ -251,8 +269,9 @@ void backward(const LinearEntropy& x, const LinearEntropyShare& share, void* mem
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t block = rows - i < kRows ? rows - i : kRows;
         const auto block_hidden = rows_from(hidden, i);
-        panel.multiply_rows(block_hidden, block, scratch.logits);
-        slopes(x, r + i, block, panel.columns, scratch.logits);
+        const auto logits = tile(x, r + i, token, scratch.logits);
+        if (!x.logits) panel.multiply_rows(block_hidden, block, logits);
+        slopes(x, r + i, block, panel.columns, logits, scratch.logits);
         if (need_hidden)
           multiply_strips(token != share.first, plain(dlogits), weight, rows_from(dhidden, i),
                           block, width, panel.tokens);

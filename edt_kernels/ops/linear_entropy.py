@@ -1,4 +1,4 @@
-"""Entropy of a language model head's distribution without keeping its logits."""
+"""Entropy of a language model head's distribution, its logits made by tiles."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from edt_kernels._library import (
 )
 from edt_kernels.ops.entropy import UNITS
 from edt_kernels.reference.entropy import accumulation_dtype
+from edt_kernels.reference.linear_entropy import kept_shape
 
 
-def _fake(hidden, weight, bias, scale):
-    row = hidden.new_empty(hidden.shape[:-1], dtype=accumulation_dtype(hidden.dtype))
-    return row, torch.empty_like(row), torch.empty_like(row)
+def _fake(hidden, weight, bias, scale, keep):
+    dtype = accumulation_dtype(hidden.dtype)
+    row = hidden.new_empty(hidden.shape[:-1], dtype=dtype)
+    logits = hidden.new_empty(kept_shape(hidden, weight, keep), dtype=dtype)
+    return row, torch.empty_like(row), torch.empty_like(row), logits
 
 
-def _fake_bwd(grad, hidden, weight, bias, h, top, log_total, scale, need_hidden, need_weight):
+def _fake_bwd(
+    grad, hidden, weight, bias, h, top, log_total, logits, scale, need_hidden, need_weight
+):
     tokens, width = weight.shape
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0, width)),
@@ -32,15 +37,16 @@ def _fake_bwd(grad, hidden, weight, bias, h, top, log_total, scale, need_hidden,
 
 
 _linear_entropy = define(
-    "linear_entropy(Tensor hidden, Tensor weight, Tensor? bias, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
+    "linear_entropy(Tensor hidden, Tensor weight, Tensor? bias, float scale, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_entropy,
     fake=_fake,
     triton="linear_entropy:linear_entropy",
 )
 _linear_entropy_bwd = define(
     "linear_entropy_bwd(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor h,"
-    " Tensor top, Tensor log_total, float scale, bool need_hidden, bool need_weight)"
+    " Tensor top, Tensor log_total, Tensor logits, float scale, bool need_hidden,"
+    " bool need_weight)"
     " -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_entropy_bwd,
     fake=_fake_bwd,
@@ -51,8 +57,11 @@ _linear_entropy_bwd = define(
 class _LinearEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        h, top, log_total = _linear_entropy(hidden, weight, bias, scale)
-        ctx.save_for_backward(hidden, weight, bias, h, top, log_total)
+        # Making logits again costs a product of three; keeping few of them, less than hidden does.
+        row_bytes = accumulation_dtype(hidden.dtype).itemsize * weight.shape[0]
+        keep = row_bytes <= hidden.dtype.itemsize * weight.shape[1]
+        h, *saved = _linear_entropy(hidden, weight, bias, scale, keep)
+        ctx.save_for_backward(hidden, weight, bias, h, *saved)
         ctx.scale = scale
         return h
 
@@ -60,8 +69,8 @@ class _LinearEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *_ = ctx.saved_tensors
         if second_order():
-            inputs = (hidden, weight, bias, ctx.scale)
-            return composite_backward(reference.linear_entropy, inputs, (grad,))
+            inputs = (hidden, weight, bias, ctx.scale, False)
+            return composite_backward(reference.linear_entropy, inputs, (grad,))[:4]
         need_hidden, *need_shared, _ = ctx.needs_input_grad
         options = (ctx.scale, need_hidden, any(need_shared))
         grads = _linear_entropy_bwd(grad, *ctx.saved_tensors, *options)
@@ -72,9 +81,10 @@ class _LinearEntropy(torch.autograd.Function):
 def linear_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, unit: str = "nats"
 ) -> Tensor:
-    """Entropy of softmax(hidden weight^T + bias), the logits computed by tiles and not kept.
+    """Entropy of softmax(hidden weight^T + bias), the logits computed by tiles.
 
-    The backward computes them again, so memory stays at a tile whatever N and V are.
+    The backward computes them again, so memory stays at a tile whatever N and V are. On the CPU
+    they are kept for it where, in float32 or wider, they take no more memory than `hidden`.
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64; half types are multiplied and
@@ -105,7 +115,7 @@ def linear_entropy(
         if needs_grad(hidden, weight, bias):
             h = _LinearEntropy.apply(hidden, weight, bias, scale)
         else:
-            h = _linear_entropy(hidden, weight, bias, scale)[0]
+            h = _linear_entropy(hidden, weight, bias, scale, False)[0]
     except Exception:
         _check_arguments(hidden, weight, bias, unit)
         raise

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from edt_kernels.reference.linear_entropy import kept_shape
 from edt_kernels.triton.entropy import empty_rows, entropy_from_sums, entropy_step, slope
 from edt_kernels.triton.launch import Configuration, launch
 from edt_kernels.triton.primitives import accumulator, dense, precision
@@ -264,9 +265,12 @@ def _weight_bwd_kernel(
 
 
 def linear_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `_linear_entropy_kernel`, and for more than SPAN tokens `_merge_kernel`."""
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch `_linear_entropy_kernel`, and for more than SPAN tokens `_merge_kernel`.
+
+    No logits are kept, whatever `keep` is.
+    """
     h, top, log_total = empty_rows(hidden)
     rows, (tokens, depth) = h.numel(), weight.shape
     block = _tile(hidden.dtype, tokens)
@@ -287,7 +291,7 @@ def linear_entropy(
         grid = (triton.cdiv(rows, 128),)
         options = {"ACC": block["ACC"], "BLOCK_N": 128, "num_warps": 4}
         launch(_merge_kernel, grid, *sums, h, top, log_total, rows, spans, scale, **options)
-    return h, top, log_total
+    return h, top, log_total, h.new_empty(kept_shape(hidden, weight, keep=False))
 
 
 def linear_entropy_bwd(
@@ -298,6 +302,7 @@ def linear_entropy_bwd(
     h: Tensor,
     top: Tensor,
     log_total: Tensor,
+    kept: Tensor,
     scale: float,
     need_hidden: bool,
     need_weight: bool,
@@ -405,6 +410,6 @@ def configurations(device: torch.device, dtype: torch.dtype) -> Iterator[Configu
         hidden = torch.zeros(16, depth, dtype=dtype, device=device)
         weight = torch.zeros(tokens, depth, dtype=dtype, device=device)
         operands = (hidden, weight, weight[:, 0].clone() if tokens == 38 else None)
-        yield Configuration(f"{tokens}x{depth}", linear_entropy, (*operands, 1.0))
-        call = (row, *operands, row, row, row, 1.0, True, True)
+        yield Configuration(f"{tokens}x{depth}", linear_entropy, (*operands, 1.0, False))
+        call = (row, *operands, row, row, row, row.new_empty(0, 0), 1.0, True, True)
         yield Configuration(f"{tokens}x{depth}", linear_entropy_bwd, call)

@@ -101,7 +101,7 @@ def assert_good(inputs, offsets, scale):
         else:
             eps = torch.finfo(mine.dtype).eps * exact.abs().max()
             eps += torch.finfo(torch.float32).eps * size.max()
-            assert_within_budget(mine, theirs, exact, eps=float(eps))
+            assert_within_budget(mine, theirs, exact, eps=eps.item())
 
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)

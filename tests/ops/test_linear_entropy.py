@@ -66,13 +66,14 @@ def test_error_is_within_twice_that_of_torch(v, dtype):
     assert (ours <= 2 * torchs + torch.tensor(slacks).amax(0)).all()
 
 
-def test_the_reference_works_by_chunks(monkeypatch):
+@pytest.mark.parametrize("keep", [True, False], ids=["keep", "forget"])
+def test_the_reference_works_by_chunks(monkeypatch, keep):
     hidden, weight, bias = batch(rows=200, v=38)
-    whole = reference.linear_entropy(hidden, weight, bias, 1.0)
+    whole = reference.linear_entropy(hidden, weight, bias, 1.0, keep)
     grads = reference.linear_entropy_bwd(whole[0], hidden, weight, bias, *whole, 1.0, True, True)
     # a function of the same name hides the module
     monkeypatch.setattr(sys.modules["edt_kernels.reference.linear_entropy"], "CHUNK", 64 * 38)
-    parts = reference.linear_entropy(hidden, weight, bias, 1.0)
+    parts = reference.linear_entropy(hidden, weight, bias, 1.0, keep)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-13)
     again = reference.linear_entropy_bwd(whole[0], hidden, weight, bias, *whole, 1.0, True, True)
     torch.testing.assert_close(again, grads, rtol=1e-12, atol=1e-12)
@@ -169,6 +170,46 @@ def test_gradients():
     assert gradgradcheck(linear_entropy, inputs[:2], fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "v"), [(7, 11), (200, 64), (1100, 70), (97, 1)])
+@pytest.mark.usefixtures("poisoned")
+def test_kept_logits_give_the_gradients_of_forgotten_ones(rows, v, dtype):
+    hidden, weight, bias = batch(rows, 20, v, dtype)
+    ops = torch.ops.edt
+    grads = []
+    for keep in (True, False):
+        h, *saved = ops.linear_entropy(hidden, weight, bias, 1.0, keep)
+        kept = saved[-1]
+        assert kept.dtype == h.dtype and kept.shape == (rows * keep, -(-v // 16) * 16)
+        call = (h, hidden, weight, bias, h, *saved, 1.0, True, True)
+        grads.append(ops.linear_entropy_bwd(*call))
+        if keep:
+            logits = F.linear(*(x.to(h.dtype) for x in (hidden, weight, bias)))
+            torch.testing.assert_close(kept[:, :v], logits)
+            assert (kept[:, v:] == -torch.inf).all()
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("v", "dtype", "kept"),
+    [
+        (30, torch.float32, True),
+        (31, torch.float32, False),
+        (15, torch.bfloat16, True),
+        (16, torch.bfloat16, False),
+        (30, torch.float64, True),
+    ],
+    ids=str,
+)
+def test_logits_are_kept_where_they_are_smaller_than_hidden(v, dtype, kept):
+    inputs = [x.requires_grad_() for x in batch(rows=50, d=30, v=v, dtype=dtype)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape), lambda x: x):
+        linear_entropy(*inputs)
+    assert ((50, -(-v // 16) * 16) in saved) == kept
+
+
 def test_any_leading_shape():
     hidden, weight, bias = batch(rows=24)
     flat = with_grads(linear_entropy, (hidden, weight, bias))
@@ -181,10 +222,12 @@ def test_any_leading_shape():
 def test_opcheck():
     hidden, weight, bias = batch(dtype=torch.float32)
     for x, b in ((hidden, bias), (hidden.T.contiguous().T, None)):
-        torch.library.opcheck(torch.ops.edt.linear_entropy.default, (x, weight, b, 1.5))
-        row = torch.ones(len(x))
-        args = (row, x, weight, b, row, row, row, 1.5, True, b is not None)
-        torch.library.opcheck(torch.ops.edt.linear_entropy_bwd.default, args)
+        for keep in (True, False):
+            call = (x, weight, b, 1.5, keep)
+            torch.library.opcheck(torch.ops.edt.linear_entropy.default, call)
+            h, *saved = torch.ops.edt.linear_entropy(*call)
+            args = (torch.ones(len(x)), x, weight, b, h, *saved, 1.5, True, b is not None)
+            torch.library.opcheck(torch.ops.edt.linear_entropy_bwd.default, args)
 
 
 def test_compiles_forward_and_backward():

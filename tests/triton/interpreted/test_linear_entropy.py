@@ -27,7 +27,7 @@ def ours(hidden, weight, bias, unit="nats"):
 
 
 def referred(hidden, weight, bias, unit="nats"):
-    h, *saved = reference.linear_entropy(hidden, weight, bias, UNITS[unit])
+    h, *saved = reference.linear_entropy(hidden, weight, bias, UNITS[unit], False)
     call = (incoming(h), hidden, weight, bias, h, *saved, UNITS[unit], True, True)
     grads = reference.linear_entropy_bwd(*call)
     return [h, *grads[: 2 if bias is None else 3]]
@@ -71,8 +71,9 @@ def test_small_slopes_of_float16_do_not_vanish():
     leaf = weight.clone().requires_grad_()
     h = linear_entropy(hidden / 8, leaf, bias)
     (grad,) = torch.autograd.grad(h, leaf, torch.full_like(h, 1e-3))
-    h, *saved = reference.linear_entropy(hidden.double() / 8, weight.double(), bias.double(), 1.0)
-    call = (torch.full_like(h, 1e-3), hidden.double() / 8, weight.double(), bias.double(), h)
+    wide = (hidden.double() / 8, weight.double(), bias.double())
+    h, *saved = reference.linear_entropy(*wide, 1.0, False)
+    call = (torch.full_like(h, 1e-3), *wide, h)
     right = reference.linear_entropy_bwd(*call, *saved, 1.0, False, True)[1]
     torch.testing.assert_close(grad.double(), right, rtol=1e-2, atol=1e-7)
 
