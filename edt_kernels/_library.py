@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from edt_kernels import _native
@@ -77,7 +78,17 @@ def kernel_checks(x: object) -> bool:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records this call: without it the raw op is called, 8 us cheaper."""
+    """Whether autograd records this call: without it the raw op is called, 8 us cheaper.
+
+    A raw op would drop the tangents of forward-mode differentiation, which are refused.
+    """
+    if forward_ad._current_level >= 0 and not is_compiling():
+        for t in tensors:
+            if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+                raise NotImplementedError(
+                    "edt_kernels differentiates backwards (torch.autograd.grad, .backward()); an "
+                    "input carries a forward-mode tangent (torch.func.jvp, forward_ad.make_dual)"
+                )
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -116,7 +127,13 @@ def composite_backward(
     `reference` returns a tensor or a tuple whose entries pair with `grads`; entries of `inputs`
     that are no float tensors, or require no gradient, get None.
     """
+    result: list[Tensor | None] = [None] * len(inputs)
     wanted = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
+    if not wanted:
+        return tuple(result)
+    # One tensor may be two inputs, or one input be made of another: what flows into the one is not
+    # what flows into the other.
+    inputs = [x.view_as(x) if i in wanted else x for i, x in enumerate(inputs)]
     outputs = reference(*inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None]
@@ -127,7 +144,6 @@ def composite_backward(
         create_graph=True,
         allow_unused=True,
     )
-    result: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(wanted, found, strict=True):
         result[i] = grad
     return tuple(result)

@@ -37,8 +37,9 @@ def entropy_bwd(
     With `offsets`, rows from offsets[-1] on have gradient 0 whatever they hold.
     """
     log_p = logits.to(h.dtype) - top.unsqueeze(-1) - log_total.unsqueeze(-1)
-    slope = log_p.masked_fill(log_p == -torch.inf, 0) * scale + h.unsqueeze(-1)
-    dlogits = -grad.unsqueeze(-1) * log_p.exp() * slope
+    p = log_p.exp()
+    slope = log_p.masked_fill(p == 0, 0) * scale + h.unsqueeze(-1)
+    dlogits = -grad.unsqueeze(-1) * p * slope
     if offsets is not None:
         row = torch.arange(logits.shape[0], device=logits.device)
         dlogits = dlogits.masked_fill((row >= offsets[-1]).unsqueeze(-1), 0)

@@ -45,15 +45,19 @@ def entropy_step(x, top, total, moment):
     """m, S and T with a block x [rows, tokens] added."""
     higher = tl.maximum(top, tl.max(x, 1))
     shift = tl.where(higher == float("-inf"), 0.0, higher)
-    # e^(m_old - m_new); before the first finite logit S and T are 0.
-    fall = tl.where(top == float("-inf"), 0.0, top - shift)
+    fall = finite_log(top - shift)
     decay = tl.exp(fall)
     shifted = x - shift[:, None]
     weight = tl.exp(shifted)
-    product = tl.where(shifted == float("-inf"), 0.0, weight * shifted)
-    moment = decay * (moment + fall * total) + tl.sum(product, 1)
+    moment = decay * (moment + fall * total) + tl.sum(weight * finite_log(shifted), 1)
     total = decay * total + tl.sum(weight, 1)
     return higher, total, moment
+
+
+@triton.jit
+def finite_log(x):
+    """x where e^x is not 0, and elsewhere a number that may be multiplied with it."""
+    return tl.where(x < -1e4, -1e4, x)
 
 
 @triton.jit
@@ -68,7 +72,7 @@ def entropy_from_sums(top, total, moment, scale, ACC: tl.constexpr):
 def slope(x, h, top, log_total, g, scale, ACC: tl.constexpr):
     """Gradient -g p (ln p + H) of logits x [rows, tokens]; the rest is [rows]."""
     log_p = x - top[:, None] - log_total[:, None]
-    rise = tl.where(log_p == float("-inf"), 0.0, log_p) * tl.full((), scale, ACC) + h[:, None]
+    rise = finite_log(log_p) * tl.full((), scale, ACC) + h[:, None]
     return -g[:, None] * tl.exp(log_p) * rise
 
 

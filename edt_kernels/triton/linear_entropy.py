@@ -15,7 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from edt_kernels.reference.linear_entropy import kept_shape
-from edt_kernels.triton.entropy import empty_rows, entropy_from_sums, entropy_step, slope
+from edt_kernels.triton.entropy import (
+    empty_rows,
+    entropy_from_sums,
+    entropy_step,
+    finite_log,
+    slope,
+)
 from edt_kernels.triton.launch import Configuration, launch
 from edt_kernels.triton.primitives import accumulator, dense, precision
 
@@ -123,9 +129,9 @@ def _merge_kernel(
         own_total = tl.load(totals_ptr + place, exists, 0.0)
         own_moment = tl.load(moments_ptr + place, exists, 0.0)
         higher = tl.maximum(top, own_top)
-        # e^(m_old - m_new) of both; where no logit was finite S and T are 0.
-        fall = tl.where(top == float("-inf"), 0.0, top - higher)
-        own_fall = tl.where(own_top == float("-inf"), 0.0, own_top - higher)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        fall = finite_log(top - shift)
+        own_fall = finite_log(own_top - shift)
         moment = tl.exp(fall) * (moment + fall * total)
         moment += tl.exp(own_fall) * (own_moment + own_fall * own_total)
         total = tl.exp(fall) * total + tl.exp(own_fall) * own_total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -345,3 +346,22 @@ def test_refusals_name_the_module():
         hooks.using(used),
     ):
         hooks._language_model(ids(3, 1))
+
+
+def test_threads_use_adapters_of_their_own():
+    model = language_model()
+    plain = model(ids()).logits
+    hooks, used = injected(model)
+    other = MoleculeAdapters({k: -a for k, a in used.a.items()}, used.b, scale=used.scale)
+
+    def adapted(adapters):
+        with torch.no_grad(), hooks.using(adapters):
+            return model(ids()).logits
+
+    alone = adapted(other)
+    with ThreadPoolExecutor(1) as thread, torch.no_grad(), hooks.using(used):
+        mine = model(ids()).logits
+        assert torch.equal(thread.submit(adapted, None).result(), plain)
+        assert torch.equal(thread.submit(adapted, other).result(), alone)
+        assert torch.equal(model(ids()).logits, mine)
+    assert not torch.equal(mine, alone)

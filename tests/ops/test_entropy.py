@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from edt_kernels import entropy
+from edt_kernels import entropy, reference
 
 # below, at and beyond every vector width, the vocabulary of atoms, and of language models
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 38, 300, 32000)
@@ -76,6 +76,23 @@ def test_a_token_of_probability_zero_contributes_nothing(v, dtype):
     torch.testing.assert_close(h, true_h, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(grad[:, 1::2], true_grad, rtol=tolerance, atol=tolerance)
     assert not grad[:, ::2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("v", [5, 2100])
+def test_the_least_number_masks_as_well_as_infinity(v, dtype):
+    kept = batch(4, v, dtype)
+    masked = kept.clone()
+    masked[:, : v // 2] = torch.finfo(dtype).min
+    x = masked.masked_fill(masked == torch.finfo(dtype).min, -torch.inf)
+    found, right = (with_grad(lambda y: entropy(y, unit="bits"), y) for y in (masked, x))
+    torch.testing.assert_close(found, right)
+    h, top, log_total = reference.entropy(masked, 1.5)
+    grads = (
+        reference.entropy_bwd(torch.ones_like(h), y, h, top, log_total, 1.5, None)
+        for y in (masked, x)
+    )
+    torch.testing.assert_close(*grads)
 
 
 def test_certainty_is_exactly_zero_and_ignorance_ln_v():

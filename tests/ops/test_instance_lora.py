@@ -250,6 +250,8 @@ def test_gradients_and_second_gradients():
     assert gradcheck(function, leaves)
     assert gradgradcheck(function, leaves, fast_mode=True)
     assert gradgradcheck(lambda *t: function(*t, None), leaves[:3], fast_mode=True)
+    x, a, b, base = leaves
+    assert gradgradcheck(lambda base: function(x.detach(), a.detach(), b.detach(), base), base)
 
 
 def test_a_b_of_zeros_learns():

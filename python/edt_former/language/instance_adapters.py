@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ class InstanceAdapters:
     is in use by then.
 
     A batch of G times as many rows as adapters gives each adapter G rows that follow one another,
-    as `generate` lays out beams and samples: an adapter follows its beam.
+    as `generate` lays out beams and samples: an adapter follows its beam. Every thread has adapters
+    in use of its own.
 
     Args:
         language_model: any causal LM of transformers.
@@ -60,7 +62,7 @@ class InstanceAdapters:
         layers: Sequence[int],
         names: Mapping[str, str] | None = None,
     ) -> None:
-        self._used: _Used | None = None
+        self._here = _Here()
         self._language_model = language_model
         sites = find_sites(language_model, widths, names)
         self._handles = []
@@ -79,6 +81,12 @@ class InstanceAdapters:
                 module = language_model.get_submodule(site.name)
                 hook = _Adapt(self, kind, index)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_here": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _here=_Here())
 
     def remove(self) -> None:
         """Takes all hooks off the language model."""
@@ -103,11 +111,11 @@ class InstanceAdapters:
 
     @contextmanager
     def _holding(self, used: _Used | None) -> Iterator[None]:
-        before, self._used = self._used, used
+        before, self._here.used = self._here.used, used
         try:
             yield
         finally:
-            self._used = before
+            self._here.used = before
 
     def _bind_checkpointing(self) -> None:
         for module in self._language_model.modules():
@@ -123,6 +131,12 @@ class InstanceAdapters:
                     "molecules: no gradient reaches them through the other"
                 )
             module._gradient_checkpointing_func = _Checkpointed(self, inner)
+
+
+class _Here(threading.local):
+    """What is in use in this thread."""
+
+    used: _Used | None = None
 
 
 class _Used:
@@ -159,7 +173,7 @@ class _Adapt:
     def __call__(
         self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any
     ) -> Any:
-        used = self.hooks._used
+        used = self.hooks._here.used
         if used is None:
             return None
         if isinstance(output, tuple):
@@ -184,7 +198,7 @@ class _Checkpointed:
         self.hooks, self.inner = hooks, inner
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        used = self.hooks._used
+        used = self.hooks._here.used
 
         def computed(*inputs: Any, **options: Any) -> Any:
             with self.hooks._holding(used):

@@ -60,6 +60,15 @@ def test_infinite_and_undefined_logits(width):
     assert found[0].isnan().tolist() == [False, False, True, True, True, False]
 
 
+@pytest.mark.parametrize("width", [38, 9000])
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_least_number_masks_as_well_as_infinity(width, unit):
+    x = logits(3, width, torch.float32)
+    x[:, : width // 2] = torch.finfo(torch.float32).min
+    right = referred(x.masked_fill(x == torch.finfo(torch.float32).min, -torch.inf), unit)
+    torch.testing.assert_close(ours(x, unit), right)
+
+
 def test_a_row_has_the_same_bits_alone():
     x = logits(40, 38, torch.float32)
     h = entropy(x)

@@ -95,6 +95,17 @@ def test_infinite_logits():
     assert linear_entropy(hidden, weight, bias - torch.inf).isnan().all()
 
 
+def test_the_least_number_masks_as_well_as_infinity(monkeypatch):
+    monkeypatch.setattr(kernels, "SPAN", 64)
+    hidden, weight, bias = batch(4, 150, 5)
+    found, right = [], []
+    for fill, to in ((torch.finfo(torch.float64).min, found), (-torch.inf, right)):
+        masked = bias.clone()
+        masked[:100] = fill
+        to += ours(hidden, weight, masked, "bits")
+    close(found, right)
+
+
 def test_any_shape_and_strides():
     hidden, weight, bias = batch(12, 9, 8)
     right = ours(hidden, weight, bias)
