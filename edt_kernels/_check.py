@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,16 @@ def same_dtype(name: str, value: Tensor, like: Tensor) -> None:
     """Operands of one op have one dtype: nothing is cast in silence."""
     if value.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype}, got {value.dtype}")
+
+
+def number(name: str, value: object, *, whole: bool = False, scalar: bool = False) -> None:
+    """A number, of numpy's too, or an int if `whole`; with `scalar` also a tensor of shape ()."""
+    kinds = (Integral, torch.SymInt) if whole else (Real, torch.SymInt, torch.SymFloat)
+    if scalar and isinstance(value, Tensor) and value.dim() == 0:
+        return
+    if not isinstance(value, kinds):
+        wanted = "an int" if whole else "a number"
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
 
 
 def choice(name: str, value: object, options: tuple) -> None:

@@ -57,7 +57,8 @@ def define(
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed, which importing this package does not import."""
-    return importlib.util.find_spec("triton") is not None
+    found = importlib.util.find_spec("triton")
+    return found is not None and found.origin is not None  # a folder of that name has none
 
 
 def _imported_once(module: str, function: str) -> Callable[[], Callable]:

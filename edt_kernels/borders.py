@@ -20,7 +20,8 @@ def offsets_from_lengths(lengths: Tensor) -> Tensor:
 
     Raises:
         TypeError: `lengths` is no integer tensor.
-        ValueError: it is not one-dimensional.
+        ValueError: it is not one-dimensional or, checked on the CPU, holds a negative length or
+            int32 lengths whose sum is none.
 
     Example:
         >>> import torch
@@ -29,7 +30,13 @@ def offsets_from_lengths(lengths: Tensor) -> Tensor:
         tensor([0, 2, 2, 5])
     """
     _check.tensor("lengths", lengths, dims=1, dtypes=(torch.int64, torch.int32))
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
+    ends = lengths.cumsum(0, dtype=lengths.dtype)
+    if _readable(lengths) and lengths.shape[0] > 0:
+        if (least := int(lengths.min())) < 0:
+            raise ValueError(f"lengths must be at least 0, got {least}")
+        if lengths.dtype == torch.int32 and int(ends.min()) < 0:
+            raise ValueError(f"lengths must be int64 for a sum of {int(lengths.sum())}, got int32")
+    return torch.cat([lengths.new_zeros(1), ends])
 
 
 def offsets_from_batch(batch: Tensor, num_molecules: int | None = None) -> Tensor:

@@ -44,13 +44,14 @@ def poisoned() -> Iterator[None]:
         tensor([nan, nan])
     """
     before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     _native.poison(True)
     try:
         yield
     finally:
         _native.poison(False)
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 class OnReferences(TorchDispatchMode):

@@ -198,6 +198,12 @@ def test_wrong_arguments_are_named():
         (lambda: to_nested(values[:4], offsets), ValueError, "at most the number of rows 4"),
         (lambda: ragged_split(values, offsets.flip(0)), ValueError, r"offsets\[0\] must be 0"),
         (lambda: offsets_from_lengths(torch.ones(2)), TypeError, "lengths must be int64 or int32"),
+        (lambda: offsets_from_lengths(torch.tensor([2, -1])), ValueError, "at least 0, got -1"),
+        (
+            lambda: offsets_from_lengths(torch.tensor([2**31 - 1, 1], dtype=torch.int32)),
+            ValueError,
+            "lengths must be int64 for a sum of 2147483648, got int32",
+        ),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):

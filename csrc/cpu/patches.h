@@ -71,7 +71,8 @@ T quantile(const T* h, int64_t n, double q, std::vector<T>& scratch) {
   for (int64_t i = 0; i < n; ++i) unknown |= h[i] != h[i];
   if (unknown) return std::numeric_limits<T>::quiet_NaN();
   const T rank = static_cast<T>(q) * static_cast<T>(n - 1);
-  const int64_t below = static_cast<int64_t>(rank);
+  // n - 1 may round up.
+  const int64_t below = std::min(static_cast<int64_t>(rank), n - 1);
   const T weight = rank - static_cast<T>(below);
   auto [low, high] = neighbours(h, n, below, scratch);
   if (weight == 0) high = low;

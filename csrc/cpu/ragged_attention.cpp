@@ -206,12 +206,14 @@ Tensor dense_pairs(const Tensor& x, const Tensor& q, const Batch& batch) {
   return dense(x);
 }
 
-AttentionDropout dropout_of(double p, const std::optional<Tensor>& seed, const Batch& batch) {
+// Reads a seed that the caller holds.
+AttentionDropout dropout_of(double p, std::optional<Tensor>& seed, const Batch& batch) {
   STD_TORCH_CHECK(p >= 0 && p < 1, "ragged_attention: dropout_p");
   if (p == 0) return {};
-  STD_TORCH_CHECK(seed && dtype_of(*seed) == ScalarType::Long && seed->is_contiguous() &&
+  STD_TORCH_CHECK(seed && dtype_of(*seed) == ScalarType::Long &&
                       (seed->numel() == 1 || seed->numel() == batch.molecules()),
                   "ragged_attention: seed");
+  seed = dense(*seed);
   return {static_cast<const int64_t*>(seed->data_ptr()), seed->numel() > 1,
           static_cast<uint32_t>(p * 4294967296.0), 1 / (1 - p)};
 }

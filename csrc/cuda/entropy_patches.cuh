@@ -139,7 +139,8 @@ struct Molecule {
   __device__ W quantile(W q) const {
     if (atoms == 0) return NAN;
     const W rank = q * static_cast<W>(atoms - 1);
-    const int below = static_cast<int>(rank),
+    // The number of atoms may round up.
+    const int below = min(static_cast<int>(rank), atoms - 1),
               above = rank > static_cast<W>(below) ? below + 1 : below;
     W low = 0, high = 0;
     for (int first = 0; first < atoms; first += kLanes) {

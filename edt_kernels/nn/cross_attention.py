@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edt_kernels.nn._autocast import autocast
 from edt_kernels.ops.ragged_attention import WIDEST_ON_GPU, ragged_attention
 
 
@@ -177,6 +178,7 @@ class CrossAttention(nn.Module):
             )
         _check_width("query", query.flatten(0, -2), self.embed_dim)
         _check_width("rows", rows, self.kdim)
+        query, rows = autocast(query, rows)
         ends = count * torch.arange(molecules + 1, dtype=offsets.dtype, device=offsets.device)
         if self._must_project(rows):
             every = query.expand(molecules, -1, -1).flatten(0, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from edt_kernels.nn._autocast import autocast
 from edt_kernels.ops.find_patches import Patches
 from edt_kernels.ops.ragged_cat import ragged_cat
 from edt_kernels.ops.segment_pool import segment_pool
@@ -69,4 +70,5 @@ class DynamicQueries(nn.Module):
             ValueError: shapes, devices or contents do not fit.
         """
         pooled = segment_pool(values, patches.atom_offsets, order=patches.order, reduce=self.reduce)
-        return ragged_cat([self.anchors, self.project(pooled)], [None, patches.patch_offsets])
+        parts = autocast(self.anchors, self.project(pooled))
+        return ragged_cat(parts, [None, patches.patch_offsets])

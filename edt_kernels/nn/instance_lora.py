@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from edt_kernels.nn._autocast import autocast
 from edt_kernels.ops.instance_lora import instance_lora
 
 
@@ -66,6 +67,7 @@ class InstanceLoRA(nn.Module):
             TypeError: an argument has the wrong type or dtype.
             ValueError: shapes, devices or contents do not fit (see `edt_kernels.instance_lora`).
         """
+        x, a, base = autocast(x, a, base)
         return instance_lora(x, a, self.b.to(x.dtype), offsets, scale=self.scale, base=base)
 
     def extra_repr(self) -> str:

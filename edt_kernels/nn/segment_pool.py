@@ -70,7 +70,9 @@ class SegmentPool(nn.Module):
         """
         if self.gate is None:
             return segment_pool(values, offsets, order=order, reduce=self.reduce)
-        weight = _softmax(self.gate(values).squeeze(-1), offsets, order)
+        # In the dtype of the rows also where autocast has computed the scores in half of it.
+        scores = self.gate(values).squeeze(-1).to(values.dtype)
+        weight = _softmax(scores, offsets, order)
         return segment_pool(values, offsets, order=order, weight=weight, reduce="sum")
 
     def extra_repr(self) -> str:

@@ -91,6 +91,13 @@ def options(
 ) -> Options:
     """Check the options of a cut against each other."""
     _check.choice("rule", rule, tuple(RULES))
+    _check.number("q", q)
+    _check.number("min_size", min_size, whole=True)
+    if threshold is not None:
+        _check.number("threshold", threshold)
+    for name, value in (("max_size", max_size), ("max_patches", max_patches)):
+        if value is not None:
+            _check.number(name, value, whole=True)
     if q != PUBLISHED_Q and rule != "rising_edge":
         raise ValueError(f"q belongs to rule 'rising_edge', got q={q!r} with rule {rule!r}")
     if not 0 <= q <= 1:

@@ -306,8 +306,8 @@ def _check_contents(
 def _check_options(
     q: Tensor, scale: object, bias: object, dropout_p: object, seed: object, molecules: int
 ) -> None:
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if scale is not None:
+        _check.number("scale", scale, scalar=True)
     if bias is not None:
         _check.tensor("bias", bias, dims=2)
         _check.same_dtype("bias", bias, q)
@@ -316,7 +316,8 @@ def _check_options(
             raise ValueError(
                 f"bias must have shape [sum Lq Lk, {q.shape[1]}], got shape {tuple(bias.shape)}"
             )
-    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
+    _check.number("dropout_p", dropout_p, scalar=True)
+    if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
     if dropout_p > 0:
         _check.tensor("seed", seed, dtypes=(torch.int64,))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import torch
 from torch import Tensor
 
@@ -287,8 +285,7 @@ def _check_ids(
     _check_values(values, weight, reduce)
     _check.tensor("ids", ids, dims=1, dtypes=(torch.int64,))
     _per_row("ids", ids, values)
-    if not isinstance(num_segments, (Integral, torch.SymInt)):
-        raise TypeError(f"num_segments must be an int, got {type(num_segments).__name__}")
+    _check.number("num_segments", num_segments, whole=True, scalar=True)
     if num_segments < 0:
         raise ValueError(f"num_segments must be at least 0, got {num_segments}")
 

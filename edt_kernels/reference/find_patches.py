@@ -82,8 +82,9 @@ def _quantile(entropy: Tensor, offsets: Tensor, batch: _Rows, q: float) -> Tenso
     begin = offsets[:-1]
     last = (offsets.diff() - 1).clamp(min=0)
     rank = torch.tensor(q, dtype=entropy.dtype, device=entropy.device) * last
-    below = rank.long()
-    value = torch.lerp(ordered[begin + below], ordered[begin + rank.ceil().long()], rank - below)
+    # The number of atoms may round up.
+    below, above = rank.long().minimum(last), rank.ceil().long().minimum(last)
+    value = torch.lerp(ordered[begin + below], ordered[begin + above], rank - below)
     # NaN sorts last: one is enough to make the quantile NaN.
     unknown = ordered[begin + last].isnan() | (offsets.diff() == 0)
     return value.masked_fill(unknown, torch.nan)

@@ -85,7 +85,7 @@ def _widen(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dtype = accumulation_dtype(hidden.dtype)
-    rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
+    rows = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1]).to(dtype)
     return rows, weight.to(dtype), None if bias is None else bias.to(dtype)
 
 

@@ -88,7 +88,8 @@ def _quantile(entropy_ptr, begin, end, q, ACC: tl.constexpr, BLOCK_N: tl.constex
         h = _look(entropy_ptr, atom, begin, end, ACC)
         unknown += tl.sum(((atom < end) & (h != h)).to(tl.int32), 0)
     rank = q * (end - begin - 1).to(ACC)
-    below = rank.to(tl.int64)
+    # The number of atoms may round up.
+    below = tl.minimum(rank.to(tl.int64), end - begin - 1)
     above = below + (rank > below.to(ACC)).to(tl.int64)
     low = _select(entropy_ptr, None, begin, end, below, 0, ACC, BLOCK_N)
 

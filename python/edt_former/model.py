@@ -295,17 +295,19 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             kwargs: of `transformers.GenerationMixin.generate`.
 
         Raises:
-            ValueError: as `forward`; a row is padded on the right; prompt and `max_new_tokens`
-                together are longer than the language model reads.
+            ValueError: as `forward`; a row is padded on the right; prompt and new tokens, as many
+                as the options ask for, are longer than the language model reads.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         padded = (attention_mask[:, -1] == 0).nonzero().flatten().tolist()
         if padded:
             raise ValueError(f"generate needs padding on the left, row {padded[0]} ends in padding")
-        self._check_length(input_ids.shape[1], kwargs.get("max_new_tokens") or 0)
+        self._check_length(input_ids.shape[1], self._new_tokens(input_ids.shape[1], kwargs))
         inputs_embeds = self.embed_prompt(input_ids, graph, patches, molecule_counts)
-        muted = {*(kwargs.pop("suppress_tokens", None) or ()), *self._never_generated()}
+        config = kwargs.get("generation_config") or self.language_model.generation_config
+        muted = kwargs.pop("suppress_tokens", config.suppress_tokens)
+        muted = {*(muted or ()), *self._never_generated()}
         with self.using(self._row_adapters(len(input_ids), graph, molecule_counts)):
             return self.language_model.generate(
                 inputs_embeds=inputs_embeds,
@@ -542,10 +544,12 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
         Raises:
             TypeError: a question is no string.
             ValueError: there is no processor; as many molecules as questions are needed; a
-                molecule cannot be read.
+                molecule cannot be read; `batch_size` is below 1.
         """
         if self.processor is None:
             raise ValueError("answer needs a processor, set model.processor")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         pairs = _paired(molecules, questions)
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **kwargs}
         answers = []
@@ -752,6 +756,18 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             return None
         same = input_ids[..., None] == self.new_token_ids
         return torch.where(same.any(-1), same.to(torch.int8).argmax(-1), -1)
+
+    def _new_tokens(self, length: int, options: Mapping[str, Any]) -> int:
+        """How many tokens `generate` is asked for; 0 where nobody has said."""
+        given = options.get("generation_config")
+        own = self.language_model.generation_config
+        for asked in (options, vars(given or own)):
+            if asked.get("max_new_tokens") is not None:
+                return asked["max_new_tokens"]
+            # That of the language model's own configuration is how much it reads.
+            if asked.get("max_length") is not None and (asked is options or given is not None):
+                return max(0, asked["max_length"] - length)
+        return 0
 
     def _never_generated(self) -> list[int]:
         """Ids of the language model's vocabulary that only stand in prompts."""

@@ -682,7 +682,7 @@ class MoleculeProcessor:
             "attention_mask": _padded([[1] * len(row) for row in full], 0, side),
             "graph": graph,
             "patches": patches,
-            "molecule_counts": torch.tensor(marks),
+            "molecule_counts": torch.tensor(marks, dtype=torch.int64),
         }
         if flags is not None:
             labels = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from edt_former.chem import ConformerOptions, motif_features
 from edt_former.config import MoleculeConfig
@@ -276,6 +276,30 @@ def test_errors_name_the_row_and_the_numbers(make_model):
         model(input_ids=torch.ones(1, 300, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"tokens and max_new_tokens=250.*at most 256"):
         model.generate(**inputs, max_new_tokens=250)
+    long = GenerationConfig(max_new_tokens=250)
+    with pytest.raises(ValueError, match=r"tokens and max_new_tokens=250.*at most 256"):
+        model.generate(**inputs, generation_config=long)
+    with pytest.raises(ValueError, match=r"tokens and max_new_tokens=\d+.*at most 256"):
+        model.generate(**inputs, max_length=1000)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        model.answer("CCO", "how many ?", batch_size=0)
+
+
+def test_tokens_that_a_generation_config_suppresses_stay_so(make_model):
+    model = make_model("llama")
+    inputs = model.processor(TEXTS[:2], MOLECULES[:2])
+    first = int(greedy(model, inputs)[0, 0])
+    told = GenerationConfig(suppress_tokens=[first], do_sample=False, max_new_tokens=6)
+    assert first not in model.generate(**inputs, generation_config=told)
+    model.language_model.generation_config.suppress_tokens = [first]
+    assert first not in greedy(model, inputs)
+    assert first in greedy(model, inputs, suppress_tokens=None)
+
+
+def test_no_row_at_all(make_model):
+    model = make_model("llama")
+    inputs = model.processor([])
+    assert inputs["molecule_counts"].dtype == torch.int64 and len(inputs["input_ids"]) == 0
 
 
 def test_parts_that_do_not_fit_are_refused(make_parts, make_tokenizer):

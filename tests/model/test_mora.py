@@ -180,6 +180,11 @@ def test_molecules_are_encoded_once_in_a_run_and_never_saved(make_mora, tmp_path
     assert torch.equal(model.adapt_molecules(["CCO"]).a["q"], changed.a["q"])
     model.adapt_molecules(["CCO"])
     assert len(asked) == 4
+    model._adapter_cache.max_bytes = 2**30
+    model.adapt_molecules(["CCO"])
+    model.connector.gen[0].queries.data.mul_(2)  # not counted by torch
+    again = model.adapt_molecules(["CCO"])
+    assert len(asked) == 6 and not torch.equal(again.a["q"], changed.a["q"])
 
 
 def test_gradients_are_never_answered_from_memory(make_mora):

@@ -377,6 +377,16 @@ def test_wrong_types_are_refused():
         find_patches(torch.rand(4, 1), offsets)
     with pytest.raises(TypeError, match="offsets must be int64 or int32, got float32"):
         find_patches(torch.rand(4), offsets.float())
+    for name in ("q", "threshold", "min_size", "max_size", "max_patches"):
+        with pytest.raises(TypeError, match=f"{name} must be a.*, got str"):
+            find_patches(torch.rand(4), offsets, **{name: "2"})
+
+
+def test_the_quantile_of_more_atoms_than_a_float_counts():
+    h = torch.zeros(2**24 + 4)
+    h[-1] = 5
+    found = find_patches(h, torch.tensor([0, len(h)]), rule="rising_edge", q=1.0)
+    assert found.threshold.tolist() == [5.0]
 
 
 def test_the_example_runs():

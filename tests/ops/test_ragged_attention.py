@@ -421,6 +421,16 @@ def test_a_seed_for_every_molecule():
     assert not torch.equal(*dropped(7, 8))
     assert torch.equal(dropped(7, 8)[1], dropped(8)[1])
 
+    def twice(seed):
+        leaf = q.clone().requires_grad_()
+        out = ragged_attention(leaf, k, v, *offsets, dropout_p=0.5, seed=seed)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaf)
+
+    dense = twice(torch.tensor([7, 8]))
+    assert all(map(torch.equal, twice(torch.tensor([7, 0, 8, 0])[::2]), dense))
+    same = twice(torch.tensor(7).expand(2))
+    assert all(map(torch.equal, same, twice(torch.tensor([7, 7]))))
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.usefixtures("poisoned")

@@ -342,6 +342,9 @@ def sample(tmp_path):
     contexts = molecules(*("C" * n + "O" for n in range(1, 21)))
     write_from_templates(contexts, tmp_path / "all.jsonl", turns=2)
     assert draw_sample(tmp_path / "all.jsonl", tmp_path / "sample.csv", count=8, seed=1) == 8
+    odd = {"id": "1", "smiles": "C", "messages": [{"role": "user", "content": "a\u2028b\x85c"}]}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(odd, ensure_ascii=False) + "\n", "utf-8")
+    assert draw_sample(tmp_path / "odd.jsonl", tmp_path / "odd.csv", count=1) == 1
     return tmp_path / "sample.csv"
 
 

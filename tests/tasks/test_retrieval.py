@@ -34,6 +34,7 @@ def test_recall_by_hand():
         "recall@3": 1.0,
     }
     assert recall(torch.zeros(4, 4), at=(1, 4)) == {"recall@1": 0.0, "recall@4": 1.0}, "ties lose"
+    assert recall(torch.full((4, 4), torch.nan), at=(1, 4)) == {"recall@1": 0.0, "recall@4": 1.0}
 
 
 def test_batches_have_every_row_once():

@@ -155,6 +155,15 @@ def test_windows_equal_the_direct_path_for_short_molecules():
     assert torch.equal(windowed, direct)
 
 
+@pytest.mark.parametrize("end", [False, True])
+def test_a_tail_changes_nothing(end):
+    model, (elements, offsets) = predictor(positions=8), molecules([5, 30])
+    rows = 35 + 2 * end
+    beside = model(torch.cat([elements, torch.full((7,), 6)]), offsets, end=end)
+    assert len(beside) == rows + 7
+    assert torch.equal(beside[:rows], model(elements, offsets, end=end))
+
+
 def test_a_long_neighbour_changes_nothing():
     model, (elements, offsets) = predictor(positions=8), molecules([5, 30])
     alone = model(elements[:5], torch.tensor([0, 5]))

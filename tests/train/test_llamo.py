@@ -14,6 +14,7 @@ from edt_former.model import MoleculeLM
 from edt_former.tasks.conversations import read_contexts, write_from_templates
 from edt_former.train.finetune import finetune
 from edt_former.train.stage2 import train_stage2
+from edt_former.train.trainer import ConnectorTrainer
 from tests.train import runs
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
@@ -50,6 +51,30 @@ def test_two_stages(prepared_data, conversations, miniature, tmp_path):
     again = MoleculeLM.from_pretrained(second)
     assert again.config.lora["rank"] == 2
     assert len(again.answer(["CCO", "C"], "What is it?", max_new_tokens=2)) == 2
+
+
+@pytest.mark.parametrize("projector", ["levels", "high"])
+def test_half_precision_trains_and_matrices_decay(prepared_data, miniature, tmp_path, projector):
+    names = []
+
+    def listed(trainer, model):
+        names.append(decayed(trainer, model))
+        return names[-1]
+
+    decayed = ConnectorTrainer.get_decay_parameter_names
+    losses = []
+    for bf16 in (False, True):
+        out = tmp_path / str(bf16)
+        training = {"bf16": bf16, "steps": 2}
+        config = runs.stage2(out, prepared_data, miniature / "language_model", training=training)
+        connector = {**PROJECTOR, "projector": projector}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ConnectorTrainer, "get_decay_parameter_names", listed)
+            train_stage2(replace(config, connector=connector, predictor=None))
+        losses.append(runs.losses(out))
+    assert losses[1] == pytest.approx(losses[0], rel=3e-2) and losses[1] != losses[0]
+    ends = {name.rpartition(".")[2] for name in names[0] if name.startswith("connector.")}
+    assert ends == {"weight", "in_proj_weight"}
 
 
 def test_every_turn_of_the_assistant_is_learned_and_nothing_else(conversations, miniature):

@@ -182,12 +182,23 @@ def test_rows_with_patches_give_the_same(whole, tmp_path, caption_file, miniatur
     assert seen == [] and runs.losses(tmp_path / "run") == runs.losses(whole)
 
 
-def test_workers_and_no_balance_and_validation(whole, tmp_path, prepared_data):
+def test_workers_and_no_balance_and_validation(whole, tmp_path, prepared_data, monkeypatch):
+    batches, loader = [], ConnectorTrainer.get_eval_dataloader
+
+    def read(self):
+        made = loader(self)
+        batches.append(list(made.batch_sampler))
+        return made
+
+    monkeypatch.setattr(ConnectorTrainer, "get_eval_dataloader", read)
     data = {"workers": 1, "validation": [str(prepared_data)]}
     config = runs.stage1(tmp_path, prepared_data, data=data, training={"evaluate_every": 3})
     train_stage1(config)
     assert runs.losses(tmp_path) == runs.losses(whole)
     evaluated = runs.losses(tmp_path, "eval_loss")
+    assert len(batches) == 2 and batches[0] == batches[1]
+    assert sorted(row for batch in batches[0] for row in batch) == list(range(49))
+    assert {len(batch) for batch in batches[0]} == {5, 6}
     assert len(evaluated) == 2 and all(0 < value < 20 for value in evaluated)
     parts = [runs.losses(tmp_path, f"eval_{name}") for name in PARTS]
     assert evaluated == pytest.approx([sum(p) for p in zip(*parts, strict=True)], rel=1e-5)
@@ -307,3 +318,6 @@ def test_errors(tmp_path, prepared_data, monkeypatch):
         train_stage1(config(training={"batch_size": 64}))
     with pytest.raises(ValueError, match=r"evaluate_every needs data\.validation"):
         train_stage1(config(training={"evaluate_every": 2}))
+    monkeypatch.setattr("edt_former.train.trainer.world_size", lambda: 50)
+    with pytest.raises(ValueError, match=r"validation must have a row per process \(50\), got 49"):
+        train_stage1(config(data={"validation": [str(prepared_data)]}))

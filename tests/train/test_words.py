@@ -24,6 +24,9 @@ def test_learned_words_come_back(tmp_path):
     assert again.pieces == words.pieces and again.begin_id == len(words.pieces) == words.size - 1
     assert again(texts)[0].tolist() == words(texts)[0].tolist()
     assert Words.learn(texts, 60).pieces == words.pieces
+    odd = Words([*SPECIAL, "a\u2028b", "c"])
+    odd.save(tmp_path)
+    assert Words.read(tmp_path / "vocab.txt").pieces == odd.pieces
 
 
 def test_a_vocabulary_must_be_whole():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from edt_former.connectors.connector import MoleculeAdapters
 
+SAMPLES = 8  # of a tensor, that tell its content from another
+
 
 class AdapterCache:
     """Remembers the adapters of molecules while the weights that made them are the same.
 
     It lives in memory only: no checkpoint holds an adapter. The least recently used go first.
+    Threads take turns.
 
     Args:
         max_bytes: of all A that are remembered.
@@ -37,13 +41,17 @@ class AdapterCache:
 
     def __init__(self, max_bytes: int = 2**30) -> None:
         self.max_bytes = max_bytes
+        self._lock = threading.Lock()
         self._clear(None)
 
     def __deepcopy__(self, memo: object) -> AdapterCache:
         return AdapterCache(self.max_bytes)
 
-    def __getstate__(self) -> dict[str, object]:
-        return vars(AdapterCache(self.max_bytes))
+    def __getstate__(self) -> int:
+        return self.max_bytes
+
+    def __setstate__(self, max_bytes: int) -> None:
+        self.__init__(max_bytes)
 
     def find(
         self,
@@ -60,6 +68,15 @@ class AdapterCache:
                 new molecule once, or not at all.
             version: of the weights; with another one everything is forgotten.
         """
+        with self._lock:
+            return self._find(keys, make, version)
+
+    def _find(
+        self,
+        keys: Sequence[Hashable],
+        make: Callable[[list[int]], MoleculeAdapters],
+        version: Hashable,
+    ) -> MoleculeAdapters:
         if version != self._version:
             self._clear(version)
         first = {key: place for place, key in reversed(list(enumerate(keys)))}
@@ -93,12 +110,26 @@ class AdapterCache:
 def weights_version(tensors: Iterable[Tensor]) -> Hashable:
     """What changes whenever one of the tensors is written to or replaced.
 
+    What torch does not count (`x.data.mul_(2)`, tensors of inference mode) is seen where it changes
+    one of some numbers, spread over the tensor, that are read.
+
     >>> weight = torch.ones(2)
     >>> before = weights_version([weight])
     >>> before == weights_version([weight]), before == weights_version([weight.add_(1)])
     (True, False)
+    >>> before = weights_version([weight])
+    >>> _ = weight.data.mul_(3)
+    >>> before == weights_version([weight])
+    False
     """
-    return tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
+    written, samples = [], {}
+    for x in tensors:
+        written.append((x.data_ptr(), 0 if x.is_inference() else x._version))
+        flat = x.detach().flatten()
+        some = flat[:: max(1, flat.numel() // SAMPLES)].float()
+        samples.setdefault(x.device, []).append(some)
+    content = tuple(tuple(torch.cat(some).tolist()) for some in samples.values())
+    return tuple(written), content
 
 
 def _size(a: dict[str, Tensor]) -> int:

@@ -24,6 +24,8 @@ PARTS = "part-*.arrow"
 MANIFEST = "data.json"
 WIDTHS = {"atoms": 9, "bonds": 2, "bond_features": 3, "coordinates": 3}
 """Numbers per atom, per directed bond (twice) and per atom of the arrays of a molecule."""
+MOST_ATOMS = 2**16
+"""Of a molecule, whose atoms are numbered by 16 bits."""
 
 Turn = tuple[str, str]
 
@@ -137,6 +139,11 @@ def _plain(row: Row) -> dict[str, Any]:
 
 def _arrays(prepared: PreparedMolecule) -> dict[str, Any]:
     molecule = prepared.molecule
+    if len(molecule.atom_features) > MOST_ATOMS:
+        raise ValueError(
+            f"a prepared molecule must have at most {MOST_ATOMS} atoms, "
+            f"got {len(molecule.atom_features)}"
+        )
     flat = {
         "atoms": molecule.atom_features.astype(np.uint8),
         "bonds": molecule.bond_index.T.astype(np.uint16),

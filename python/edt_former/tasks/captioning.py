@@ -81,7 +81,10 @@ def perplexities(
         molecule tells beyond the text. Rows with other than one molecule keep theirs.
     """
     batch = ConversationBatch(model.processor, prompt, stored=stored)
-    order = np.random.default_rng(seed).permutation(len(data))
+    # Everyone's neighbour in a random ring: nobody keeps a molecule of their own.
+    ring = np.random.default_rng(seed).permutation(len(data))
+    other = np.empty_like(ring)
+    other[ring] = np.roll(ring, 1)
     result = {}
     for setting in ("own molecule", "another's molecule"):
         total, count = 0.0, 0
@@ -90,7 +93,7 @@ def perplexities(
         ):
             rows = [data[i] for i in range(start, min(start + batch_size, len(data)))]
             if setting != "own molecule":
-                rows = [swapped(row, data[int(order[start + i])]) for i, row in enumerate(rows)]
+                rows = [swapped(row, data[int(other[start + i])]) for i, row in enumerate(rows)]
             inputs = batch(rows).to(model.device)
             tokens = int((inputs["labels"] >= 0).sum())
             total += float(model(**inputs).loss) * tokens

@@ -34,7 +34,7 @@ class Pieces:
         if not Path(vocabulary).is_file():
             raise FileNotFoundError(f"no such file: {vocabulary}")
         self.vocabulary = Path(vocabulary)
-        pieces = self.vocabulary.read_text(encoding="utf-8").splitlines()
+        pieces = self.vocabulary.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         ids = {piece: i for i, piece in enumerate(pieces)}
         self._tokenizer = BertWordPieceTokenizer(ids, lowercase=True)
         self._tokenizer.enable_truncation(LONGEST)

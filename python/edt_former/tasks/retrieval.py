@@ -91,15 +91,14 @@ def recall(scores: Tensor, at: Sequence[int] = AT) -> dict[str, float]:
     """The share of rows whose own column is among the k highest; ties count against it.
 
     Args:
-        scores: [N, N], row and column i belong together.
+        scores: [N, N], row and column i belong together. NaN is ranked as a tie.
         at: the k.
 
     >>> recall(torch.tensor([[2.0, 1.0, 0.0], [5.0, 4.0, 3.0], [0.0, 0.0, 0.0]]), at=(1, 2))
     {'recall@1': 0.3333333333333333, 'recall@2': 0.6666666666666666}
     """
     own = scores.diagonal()[:, None]
-    others = scores.clone().fill_diagonal_(-torch.inf)
-    rank = (others >= own).sum(1)
+    rank = (~(scores < own)).sum(1) - 1
     return {f"recall@{k}": float((rank < k).double().mean()) for k in at}
 
 

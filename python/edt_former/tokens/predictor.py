@@ -122,6 +122,7 @@ class NextAtomPredictor(nn.Module):
         Returns:
             [N, V]: row i predicts atom i from the atoms before it, the first from `<bos>`. With
             `end`, [N + B, V]: molecule m has one more row, so its rows start at `offsets[m] + m`.
+            Rows of atoms from offsets[-1] on hold anything.
 
         Raises:
             ValueError: offsets that decrease, do not start at 0 or end beyond the atoms.
@@ -224,7 +225,10 @@ class NextAtomPredictor(nn.Module):
         molecule = molecule_of_rows(rows, num_rows)
         position = torch.arange(num_rows, device=offsets.device) - rows[molecule]
         window = (position - size + stride).clamp(min=0) // stride
-        return hidden[window_offsets[window_of[molecule] + window] + position - window * stride]
+        # A row of the tail, of which nothing is asked, counts to the last molecule.
+        window = window.minimum(count[molecule] - 1)
+        place = window_offsets[window_of[molecule] + window] + position - window * stride
+        return hidden[place.clamp(max=len(hidden) - 1)]
 
     def _initialise(self) -> None:
         for module in self.modules():

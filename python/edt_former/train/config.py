@@ -47,7 +47,8 @@ class TrainingConfig:
         accumulation: passes whose gradients are summed for a step.
         learning_rate: the highest, after `warmup` steps.
         schedule: how it falls to zero: "cosine", "linear"; or "constant".
-        weight_decay: of matrices; none of biases, norms and embeddings.
+        weight_decay: of the matrices of linear layers and attention; none of biases, norms,
+            embeddings and queries.
         max_grad_norm: gradients are scaled down to it.
         bf16: products in bfloat16, weights and their sums in float32.
         checkpointing: activations of layers are computed again instead of kept.

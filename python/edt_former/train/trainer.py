@@ -43,6 +43,7 @@ from edt_former.train.sharding import (
     spread_trained,
 )
 from edt_former.train.trainable import Audit, TrainableSet
+from edt_kernels.nn import CrossAttention
 
 CHECKPOINT, COMPLETE = "checkpoint-", "complete"
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
@@ -101,6 +102,11 @@ class ConnectorTrainer(Trainer):
         need("accelerate", extra="train", purpose="training")
         if config.evaluate_every and validation is None:
             raise ValueError("training.evaluate_every needs data.validation, there is none")
+        if validation is not None and len(validation) < world_size():
+            raise ValueError(
+                f"data.validation must have a row per process ({world_size()}), "
+                f"got {len(validation)}"
+            )
         keep_memory()
         out.mkdir(parents=True, exist_ok=True)
         self.training, self.out, self.seed = config, out, seed
@@ -155,13 +161,13 @@ class ConnectorTrainer(Trainer):
         return self._loader(self.train_dataset, batch_sampler=self.batches)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """The validation rows of this process, as many batches on each."""
+        """The validation rows of this process: as many batches on each, of sizes that are equal or
+        differ by 1, so that none is a last one of few rows."""
         rows = len(self.eval_dataset)
-        size = min(self.training.batch_size, rows // world_size())
-        batches = [
-            list(range(start + rank() * size, start + (rank() + 1) * size))
-            for start in range(0, rows - size * world_size() + 1, size * world_size())
-        ]
+        steps = -(-rows // (self.training.batch_size * world_size()))
+        steps = min(steps, rows // world_size())
+        cut = np.array_split(np.arange(rows), steps * world_size())
+        batches = [batch.tolist() for batch in cut[rank() :: world_size()]]
         return self._loader(self.eval_dataset, batch_sampler=batches)
 
     def _loader(self, data: Dataset, **options: Any) -> DataLoader:
@@ -211,15 +217,16 @@ class ConnectorTrainer(Trainer):
         sums: dict[str, Tensor] = {}
         torch.manual_seed(_seed(self.seed, rank()))
         loader = self.get_eval_dataloader()
-        for batch in loader:
+        counts = [len(batch) for batch in loader.batch_sampler]
+        for batch, count in zip(loader, counts, strict=True):
             inputs = self._prepare_inputs(batch)
             outputs = model(**inputs)
             found = {"loss": outputs["loss"].detach(), **scalars(outputs)}
             for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + value.float()
+                sums[name] = sums.get(name, 0.0) + count * value.float()
         names = sorted(sums)
-        means = torch.stack([sums[name] for name in names]) / len(loader)
-        means = self.accelerator.reduce(means.to(self.args.device), "mean").tolist()
+        found = torch.stack([sums[name] for name in names]).to(self.args.device)
+        means = (self.accelerator.reduce(found, "sum") / len(self.eval_dataset)).tolist()
         metrics = {f"eval_{name}": mean for name, mean in zip(names, means, strict=True)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
@@ -228,11 +235,14 @@ class ConnectorTrainer(Trainer):
         return metrics
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The matrices of linear layers: embeddings, norms, biases and queries do not decay."""
+        """The matrices of linear layers and of attention, which holds some of its own."""
+        kinds = (nn.Linear, nn.MultiheadAttention, CrossAttention)
         return [
-            f"{name}.weight"
+            f"{name}.{own}"
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, kinds)
+            for own, weight in module.named_parameters(recurse=False)
+            if weight.dim() == 2
         ]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

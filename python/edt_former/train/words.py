@@ -47,7 +47,7 @@ class Words:
     @classmethod
     def read(cls, file: Path | str) -> Self:
         """A file with one piece per line, in the order of their ids."""
-        return cls(Path(file).read_text(encoding="utf-8").splitlines())
+        return cls(Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n"))
 
     @classmethod
     def learn(cls, texts: Iterable[str], size: int) -> Self:

@@ -57,7 +57,8 @@ def draw_sample(conversations: Path | str, out: Path | str, *, count: int, seed:
         ValueError: it has no conversations.
     """
     path = Path(conversations)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    with path.open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file if line.strip()]
     if not lines:
         raise ValueError(f"{path} must have conversations, there are none")
     drawn = random.Random(seed).sample(lines, min(count, len(lines)))
