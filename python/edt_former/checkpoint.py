@@ -100,9 +100,15 @@ def load_checkpoint(
 
 
 def local_folder(source: Path | str) -> Path:
-    """A folder as it is; anything else is the name of a repository on the Hugging Face Hub."""
+    """A folder as it is; anything else is the name of a repository on the Hugging Face Hub.
+
+    Raises:
+        FileNotFoundError: it can be neither.
+    """
     if Path(source).is_dir():
         return Path(source)
+    if isinstance(source, Path) or not 1 <= len(str(source).split("/")) <= 2:
+        raise FileNotFoundError(f"no such folder, and no name of a repository: {source}")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(source), allow_patterns=list(HUB_FILES)))

@@ -159,7 +159,7 @@ def read_all(
     options: PatchOptions | None = None,
     features: str | None = OGB,
 ) -> list[Molecule] | list[Graph]:
-    """`as_molecule` of every source, read as the patches of `options` need it.
+    """`as_molecule` of every source, or of a single one, read as the patches of `options` need it.
 
     With `selfies`, strings are SELFIES. Without a scheme of `features` they are graphs, see
     `edt_former.graph.read_graph`.
@@ -167,6 +167,8 @@ def read_all(
     Raises:
         ValueError: one cannot be read; it names the index and the reason.
     """
+    if isinstance(sources, str | Molecule) or hasattr(sources, "GetNumAtoms"):
+        sources = [sources]
     if features is None:
         return [_graph(index, source) for index, source in enumerate(sources)]
     molecules = []
@@ -584,14 +586,18 @@ class MoleculeProcessor:
             predictor: or its folder; None takes the manifest's.
         """
         folder = Path(folder)
-        content = json.loads((folder / PROCESSOR_FILE).read_text())
-        config = content["connector_config"]
+        file = folder / PROCESSOR_FILE
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            config, needs_predictor = content["connector_config"], content["predictor"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file} is damaged: {error!r}") from error
         if tokenizer is None:
             here = (folder / TOKENIZER_FILE).exists()
             tokenizer = folder if here else Manifest.read(folder).folder("language_model")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = load_tokenizer(tokenizer)
-        if predictor is None and content["predictor"]:
+        if predictor is None and needs_predictor:
             predictor = Manifest.read(folder).folder("predictor")
         if isinstance(predictor, Path | str):
             predictor = load_part(NextAtomPredictor, predictor)

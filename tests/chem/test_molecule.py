@@ -17,6 +17,7 @@ from edt_former.chem import (
     read_molecules,
     read_selfies,
 )
+from edt_former.chem.rdkit_log import parse_error, quiet
 
 ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
 # Stereocentres, both double-bond labels, charges, fused aromatic rings, a salt.
@@ -177,6 +178,16 @@ def test_terminal_stays_quiet_and_logging_as_it_was(capfd):
     assert "unclosed ring" in capfd.readouterr().err
 
 
+def test_it_stays_quiet_after_a_reason_was_found(capfd):
+    with quiet():
+        for source in ("C1CC", "CC(C)(C)(C)C"):
+            assert parse_error(source)
+            Chem.MolFromSmiles(source)
+    assert capfd.readouterr().err == ""
+    Chem.MolFromSmiles("C1CC")
+    assert "unclosed ring" in capfd.readouterr().err
+
+
 def test_a_log_that_was_off_stays_off():
     rdBase.DisableLog("rdApp.error")
     try:
@@ -245,6 +256,26 @@ def test_tsv_file_without_names(tmp_path):
     assert rows == [("", "CCO"), ("", "nonsense")]
     read = read_molecules(smiles for _, smiles in rows)
     assert [type(item) for item in read] == [Molecule, Invalid]
+
+
+def test_quotes_between_tabs_are_quotes(tmp_path):
+    text = 'smiles\tname\nCCO\t"ethanol\nCCC\tpropane" x\n'
+    (tmp_path / "set.tsv").write_text(text)
+    assert list(read_file(tmp_path / "set.tsv")) == [('"ethanol', "CCO"), ('propane" x', "CCC")]
+
+
+def test_a_text_file_may_be_a_table(tmp_path):
+    (tmp_path / "a.txt").write_text("CID\tSMILES\tdescription\n1\tCCO\tan alcohol\n")
+    (tmp_path / "b.txt").write_text("CCO\tethanol\n")
+    assert list(read_file(tmp_path / "a.txt")) == [("1", "CCO")]
+    assert list(read_file(tmp_path / "b.txt")) == [("ethanol", "CCO")]
+
+
+def test_what_spreadsheets_and_big_tables_write(tmp_path):
+    (tmp_path / "a.csv").write_bytes("Name,Drug\nethanol,CCO\n".encode("utf-16"))
+    (tmp_path / "b.CSV.GZ").write_bytes(gzip.compress(b"smiles,text\nCCO," + b"x" * 200_000))
+    assert list(read_file(tmp_path / "a.csv")) == [("ethanol", "CCO")]
+    assert list(read_file(tmp_path / "b.CSV.GZ")) == [("", "CCO")]
 
 
 def test_file_errors(tmp_path):

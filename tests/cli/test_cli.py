@@ -245,6 +245,26 @@ class TestFile:
         path.write_text(FILE)
         return path
 
+    def test_what_was_interrupted_does_not_look_complete(self, edt, molecules, monkeypatch):
+        out = molecules.with_name("out.csv")
+        out.write_text("what was there\n")
+        seen = []
+
+        def stop(row):
+            seen.append(row)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return (1,)
+
+        monkeypatch.setattr("edt_former.cli.demo._cells", stop)
+        assert edt("demo", molecules, "--out", out)[0] == 130
+        assert out.read_text() == "what was there\n"
+        partial = molecules.with_name("out.csv.partial")
+        assert len(partial.read_text().splitlines()) == 3
+        monkeypatch.undo()
+        assert edt("demo", molecules, "--out", out)[0] == 0
+        assert len(out.read_text().splitlines()) == 7 and not partial.exists()
+
     def test_rows_that_cannot_be_read_are_told_and_counted(self, edt, molecules):
         status, out, err = edt("demo", molecules)
         assert (status, err) == (0, [])
@@ -314,7 +334,7 @@ class TestFile:
             ("a.smi", "C1CC\nbad\n", "has no valid molecule in 2 rows: unclosed ring"),
             ("a.mol2", "CCO\n", "path must end in .smi, .txt, .csv, .tsv or .sdf"),
             ("a.smi.gz", "CCO\n", "gzip"),
-            ("a.csv", "smiles\n" + "C" * 200_000, "field larger than field limit"),
+            ("a.csv", "smiles\n" + "C" * 200_000, "200000 atoms, more than max_atoms=4096"),
         ],
     )
     def test_files_without_a_molecule(self, fails, tmp_path, name, content, message):

@@ -154,7 +154,7 @@ def test_eval_captions_beside_baselines(edt, made, tmp_path, vocabulary):
     assert found["settings"]["questions"] == ["Describe the molecule."]
     rows = list(csv.DictReader(texts.open()))
     assert len(rows) == 12 and set(rows[0]) == {"id", "true", "said"}
-    if math.isnan(scores["captions"]["meteor"]):
+    if scores["captions"]["meteor"] is None:
         assert out[-1].startswith("meteor: WordNet is not there")
 
 
@@ -166,12 +166,20 @@ def test_eval_of_a_file_and_of_nothing(edt, fails, made, tmp_path, vocabulary):
     assert status == 0 and out[0] == "captions, 1 rows" and out[2].split()[1] == "1.0000"
     assert "--vocabulary is needed" in fails("eval", file)
     assert "--data is needed" in fails("eval", made / "stage1/model")
+    stage2 = ("eval", made / "stage2/model", "--data", made / "data")
+    assert "limit must be at least 1, got 0" in fails(*stage2, "--limit", 0)
+    assert "beams must be at least 1, got 0" in fails(*stage2, "--beams", 0)
+    no_words = ("--texts", tmp_path / "texts.csv", "--limit", 2)
+    assert "--texts needs captions" in edt(*stage2, *no_words)[2][-1]
+    odd = tmp_path / "odd.txt"
+    odd.write_text("a\nb\n")
+    assert f"{odd} is no vocabulary" in fails(*stage2, "--vocabulary", odd)
     assert "must be a model that edt train made" in fails("eval", tmp_path, "--data", made / "data")
     file.write_text("a\tb\n")
     assert "has no column 'ground truth'" in fails("eval", file, "--vocabulary", vocabulary)
 
 
-def test_finetune_a_head_and_evaluate_it(edt, made, tmp_path, miniature):
+def test_finetune_a_head_and_evaluate_it(edt, fails, made, tmp_path, miniature):
     pytest.importorskip("sklearn", reason="scores of properties need the eval extra")
     table = tmp_path / "sizes.csv"
     table.write_text("smiles,size\n" + "".join(f"{'C' * n},{n}\n" for n in range(1, 25)))
@@ -182,8 +190,13 @@ def test_finetune_a_head_and_evaluate_it(edt, made, tmp_path, miniature):
     )
     status, _, _ = edt("train", "finetune", "--config", recipe(tmp_path / "f.yaml", config))
     assert status == 0
-    status, out, _ = edt("eval", tmp_path / "run/model", "--data", data)
+    texts = tmp_path / "predicted.csv"
+    status, out, _ = edt("eval", tmp_path / "run/model", "--data", data, "--texts", texts)
     assert status == 0 and out[0] == "properties, 24 rows"
+    rows = list(csv.DictReader(texts.open()))
+    assert [float(row["true size"]) for row in rows] == list(range(1, 25))
+    assert all(math.isfinite(float(row["predicted size"])) for row in rows)
+    assert "has a property head" in fails("describe", "CCO", "--model", tmp_path / "run/model")
     assert out[2].startswith("size") and out[3].startswith("size, training mean")
     assert float(out[3].split()[3]) == pytest.approx(6.0), "of 1 to 24, from their mean"
 

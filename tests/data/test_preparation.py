@@ -260,3 +260,7 @@ def test_a_false_number_of_parts_is_refused(copied, count):
     (copied / "data.json").write_text(json.dumps({**manifest, "parts": count}))
     with pytest.raises(ValueError, match=r"data\.json counts"):
         PreparedData(copied)
+    del manifest["columns"]
+    (copied / "data.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"data\.json is damaged: KeyError\('columns'\)"):
+        PreparedData(copied)

@@ -43,6 +43,15 @@ def test_columns_by_name_and_targets_with_gaps(tmp_path):
     assert rows[2].reason == "Y is no number: 'many'"
 
 
+def test_numbers_are_finite_and_missing_ones_as_tables_write_them(tmp_path):
+    cells = ("inf", "-1e999", "1_000", "N/A", "#N/A", "<NA>", "NaN", "2e3")
+    path = write(tmp_path / "a.csv", "smiles,y\n" + "".join(f"C,{cell}\n" for cell in cells))
+    rows = list(read_rows(path, Columns(targets=("y",))))
+    reasons = [f"y is no number: {cell!r}" for cell in cells[:3]]
+    assert [row.reason for row in rows] == [*reasons, *[""] * 5]
+    assert [row.targets for row in rows[3:]] == [(None,)] * 4 + [(2000.0,)]
+
+
 def test_a_row_with_other_cells_is_kept_with_the_reason(tmp_path):
     rows = list(read_rows(write(tmp_path / "a.tsv", "smiles\ttext\nCC\nCO\tfine\n")))
     assert rows[0].reason == "1 cells, the header has 2"

@@ -296,6 +296,23 @@ def test_tokens_that_a_generation_config_suppresses_stay_so(make_model):
     assert first in greedy(model, inputs, suppress_tokens=None)
 
 
+def test_a_single_molecule_is_one(make_model):
+    model = make_model("llama")
+    tokens = model.embed_molecules("CCO")
+    assert torch.equal(tokens.values, model.embed_molecules(["CCO"]).values)
+    counts = model.processor.token_counts("CCO")
+    assert counts == model.processor.token_counts(["CCO"]) == tokens.offsets.diff().tolist()
+
+
+def test_a_damaged_processor_is_named(make_model, tmp_path):
+    model = make_model("llama")
+    model.processor.save_pretrained(tmp_path)
+    for content in ("{}", "no JSON"):
+        (tmp_path / "processor.json").write_text(content)
+        with pytest.raises(ValueError, match=r"processor\.json is damaged"):
+            type(model.processor).from_pretrained(tmp_path)
+
+
 def test_no_row_at_all(make_model):
     model = make_model("llama")
     inputs = model.processor([])

@@ -150,7 +150,16 @@ def test_a_head_regresses(tmp_path, numbers, miniature):
         )
     )
     assert one.item() == pytest.approx(found[4], rel=1e-4)
+    single = model.predict_molecules(WRITTEN[5])
+    assert single.shape == (1, 1) and single.item() == pytest.approx(found[4], rel=1e-4)
     assert read_molecule(WRITTEN[5]).num_atoms == len(WRITTEN[5])
+
+
+def test_classes_are_0_and_1(tmp_path, numbers, miniature):
+    head = {"kind": "classification", "width": 16, "dropout": 0.0}
+    config = runs.finetune(tmp_path, numbers / "size", miniature / "edt_former", head=head)
+    with pytest.raises(ValueError, match=r"size must be 0 or 1 for classification, got \d"):
+        finetune(config)
 
 
 def test_a_head_classifies_on_a_frozen_connector(tmp_path, numbers, miniature):

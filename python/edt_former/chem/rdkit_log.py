@@ -33,7 +33,7 @@ class _Quiet:
     def enter(self) -> None:
         with self.lock:
             if not self.inside:
-                self.levels = [line.split(":") for line in rdBase.LogStatus().splitlines()]
+                self.levels = _levels()
                 for name, _ in self.levels:
                     rdBase.DisableLog(name)
             self.inside += 1
@@ -42,8 +42,17 @@ class _Quiet:
         with self.lock:
             self.inside -= 1
             if not self.inside:
-                for name, state in self.levels:
-                    (rdBase.EnableLog if state == "enabled" else rdBase.DisableLog)(name)
+                _set_levels(self.levels)
+
+
+def _levels() -> list[list[str]]:
+    """What RDKit logs: (name, "enabled" or "disabled") of every log."""
+    return [line.split(":") for line in rdBase.LogStatus().splitlines()]
+
+
+def _set_levels(levels: list[list[str]]) -> None:
+    for name, state in levels:
+        (rdBase.EnableLog if state == "enabled" else rdBase.DisableLog)(name)
 
 
 _logs = _Quiet()
@@ -69,13 +78,14 @@ def parse_error(smiles: str) -> str:
     logger, handler = logging.getLogger("rdkit"), _ErrorLines()
     with _log_lock:
         handlers, logger.handlers = logger.handlers, [handler]
+        levels = _levels()
         rdBase.LogToPythonLogger()
         rdBase.EnableLog("rdApp.error")
         try:
             Chem.MolFromSmiles(smiles)
         finally:
-            rdBase.DisableLog("rdApp.error")
-            rdBase.LogToCppStreams()
+            rdBase.LogToCppStreams()  # switches logs on
+            _set_levels(levels)
             logger.handlers = handlers
     lines = [line.strip() for text in handler.lines for line in text.splitlines()]
     if not lines:

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {args.steps}")
+    if min(args.seeds) < 0:
+        raise ValueError(f"--seeds must be at least 0, got {min(args.seeds)}")
     found = run_contest(args.data, args.out, seeds=args.seeds, steps=args.steps)
     for name, one in found["properties"].items():
         sizes = ", ".join(f"{count} {part}" for part, count in one["molecules"].items())

@@ -43,6 +43,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.model is not None and not args.model.is_dir():
         raise ValueError(f"--model must be a folder, got {args.model}")
+    if args.model is not None and (args.connector or args.encoder):
+        raise ValueError("--connector and --encoder choose a shipped model: not with --model")
+    if args.model is not None and (args.model / "head").is_dir():
+        raise ValueError(
+            f"{args.model} has a property head and no language model: its predictions are written "
+            "by edt eval --texts, or PropertyModel.from_pretrained(...).predict_molecules"
+        )
     molecule = read_molecule(args.smiles)
     if isinstance(molecule, Invalid):
         is_file = os.path.isfile(args.smiles)

@@ -53,7 +53,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", metavar="NAME", help="(default: a GPU where there is one)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="scores and settings, as JSON")
-    parser.add_argument("--texts", type=Path, metavar="FILE", help="the captions, as CSV")
+    parser.add_argument(
+        "--texts", type=Path, metavar="FILE", help="captions or properties of every row, as CSV"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,8 +97,14 @@ def run(args: argparse.Namespace) -> int:
     if any("meteor" in row and row["meteor"] != row["meteor"] for row in scores.values()):
         print("meteor: WordNet is not there (python -m nltk.downloader wordnet)")
     if args.out is not None:
-        write_json(args.out, {"scores": scores, "settings": settings})
+        # JSON has no NaN.
+        known = {
+            name: {n: None if x != x else x for n, x in row.items()} for name, row in scores.items()
+        }
+        write_json(args.out, {"scores": known, "settings": settings})
     if args.texts is not None:
+        if len(texts) < 2:
+            raise ValueError("--texts needs captions (give --vocabulary) or properties")
         with args.texts.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("id", "true", "said"), *texts])
+            csv.writer(file).writerows(texts)
     return 0

@@ -67,6 +67,11 @@ class Tally:
         return f"{counts}; {more} of them not shown" if more else counts
 
 
+def _is_plain(out: Path) -> bool:
+    """A file, there or to be: no pipe, no device."""
+    return out.is_file() or not out.exists()
+
+
 def write_rows(
     source: Path,
     rows: Iterable[Any],
@@ -77,6 +82,8 @@ def write_rows(
     keep: int,
 ) -> Tally:
     """Write one CSV line per row, as rows come, with a progress bar on a terminal.
+
+    They are in `<out>.partial` until all are written, and stay there where the run is stopped.
 
     Args:
         source: of the rows, for the error.
@@ -95,7 +102,8 @@ def write_rows(
     with ExitStack() as stack:
         writer = None
         if out is not None:
-            file = stack.enter_context(out.open("w", newline="", encoding="utf-8"))
+            partial = out.with_name(f"{out.name}.partial") if _is_plain(out) else out
+            file = stack.enter_context(partial.open("w", newline="", encoding="utf-8"))
             writer = csv.writer(file)
             writer.writerow(header)
         for row in tqdm(rows, desc="molecules", unit="mol", disable=not sys.stderr.isatty()):
@@ -107,6 +115,8 @@ def write_rows(
                 tally.shown.append(row)
             if writer is not None:
                 writer.writerow(cells(row))
+    if out is not None and partial != out:
+        os.replace(partial, out)
     if tally.total == tally.failed:
         raise ValueError(f"{source} has no valid molecule in {tally.total} rows: {reason}")
     return tally

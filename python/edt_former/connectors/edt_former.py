@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import edt_kernels
 from edt_former.connectors.connector import register_connector
-from edt_former.connectors.qformer import QFormer, QFormerConfig, Rows
+from edt_former.connectors.qformer import QFormer, QFormerConfig, Rows, check_budget
 from edt_former.graph.encoder import GraphFeatures
 from edt_former.tokens.patches import PatchOptions
 from edt_former.tokens.rows import molecule_of_rows
@@ -50,6 +50,7 @@ class EDTFormerConfig(QFormerConfig):
                 f"patch_reduce must be one of {', '.join(map(repr, REDUCTIONS))}, "
                 f"got {self.patch_reduce!r}"
             )
+        check_budget("max_dynamic", self.max_dynamic)
         if self.max_dynamic is not None and self.max_dynamic < 0:
             raise ValueError(f"max_dynamic must be at least 0, got {self.max_dynamic}")
         if self.view_reduce not in VIEW_REDUCTIONS:

@@ -312,11 +312,18 @@ class QFormerConfig:
             raise ValueError(
                 f"cross_attention_freq must be at least 1, got {self.cross_attention_freq}"
             )
+        check_budget("anchor_budget", self.anchor_budget)
         if not 0 <= (self.anchor_budget or 0) <= self.num_queries:
             raise ValueError(
                 f"anchor_budget must be from 0 to num_queries {self.num_queries}, "
                 f"got {self.anchor_budget}"
             )
+
+
+def check_budget(name: str, value: object) -> None:
+    """None or an int, not of bool."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name} must be an int or None, got {value!r}")
 
 
 @register_connector("qformer")

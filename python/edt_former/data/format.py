@@ -297,7 +297,7 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
         raise FileNotFoundError(f"prepared data in {folder} {state}: no {MANIFEST}")
     try:
         content = json.loads(file.read_text())
-        parts = content["parts"]
+        parts, _ = content["parts"], content["columns"]["targets"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
     there = len(list(Path(folder).glob(PARTS)))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,15 @@ from typing import Any
 
 from edt_former.chem.sd_file import read_structures
 from edt_former.chem.text_files import (
+    SMILES_COLUMNS,
     comma_or_semicolon,
     open_text,
     single_backslashes,
     smiles_lines,
+    suffix_of,
+    table_rows,
 )
 
-SMILES = ("smiles", "canonical_smiles", "isomeric_smiles", "canonicalsmiles", "mol", "drug")
 IDS = ("cid", "id", "drug_id", "mol_id", "compound_name", "name")
 TEXTS = ("text", "description", "caption", "iupac_name", "iupacname", "iupac")
 LINES, TABLES, JSONS = (".smi",), (".csv", ".tsv", ".txt"), (".jsonl", ".json")
@@ -27,7 +28,8 @@ STRUCTURES = (".sdf",)
 MARK = "<mol>"
 SELFIES = re.compile(r"(?:\[[^\[\]\s]+\]|\.|>>)+")
 ROLES = {"human": "user", "gpt": "assistant"}
-MISSING = ("", "nan", "na", "null", "none")
+MISSING = ("", "nan", "-nan", "na", "n/a", "#n/a", "<na>", "null", "none")
+"""What a number that is not there is written as, in any case."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Columns:
     """Which columns of a table, or keys of JSON, are read.
 
     Attributes:
-        smiles: of the molecules; None takes the first of the usual names (`SMILES`).
+        smiles: of the molecules; None takes the first of the usual names (`SMILES_COLUMNS`).
         id: None likewise (`IDS`).
         text: None likewise (`TEXTS`).
         targets: of numbers to predict; an empty cell is a missing one.
@@ -99,7 +101,7 @@ def read_rows(path: Path | str, columns: Columns | None = None) -> Iterator[RawR
     path, columns = Path(path), columns or Columns()
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    suffix = Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix in LINES:
         return _lines(path)
     if suffix in TABLES:
@@ -132,7 +134,7 @@ def _table(path: Path, columns: Columns, delimiter: str) -> Iterator[RawRow]:
         return found
 
     where = _Places(
-        smiles=find(columns.smiles, SMILES, needed=True),
+        smiles=find(columns.smiles, SMILES_COLUMNS, needed=True),
         id=find(columns.id, IDS),
         text=find(columns.text, TEXTS),
         targets=[find(name, ()) for name in columns.targets],
@@ -148,14 +150,9 @@ class _Places:
     targets: list[int] = field(default_factory=list)
 
 
-def _reader(file: io.TextIOBase, delimiter: str) -> Iterator[list[str]]:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    return csv.reader(file, delimiter=delimiter, quoting=quoting)
-
-
 def _header(path: Path, delimiter: str) -> list[str]:
     with open_text(path) as file:
-        return next(_reader(file, delimiter), [])
+        return next(table_rows(file, delimiter), [])
 
 
 def _table_rows(
@@ -163,7 +160,7 @@ def _table_rows(
 ) -> Iterator[RawRow]:
     mark = "," if delimiter == ";" else "."  # of decimals
     with open_text(path) as file:
-        rows = _reader(file, delimiter)
+        rows = table_rows(file, delimiter)
         next(rows, None)
         for number, cells in enumerate(row for row in rows if any(map(str.strip, row))):
             if len(cells) != width:
@@ -187,9 +184,12 @@ def _numbers(cells: Sequence[Any], names: Sequence[str]) -> tuple[float | None, 
             numbers.append(None)
             continue
         try:
-            numbers.append(float(cell))
+            number = float("nan" if "_" in str(cell) else cell)
         except (TypeError, ValueError):
-            raise ValueError(f"{name} is no number: {str(cell)[:40]!r}") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{name} is no number: {str(cell)[:40]!r}")
+        numbers.append(number)
     return tuple(numbers)
 
 
@@ -251,7 +251,7 @@ def _record(number: int, content: Mapping[str, Any], columns: Columns) -> RawRow
     targets = _numbers([keys.get(t.lower()) for t in columns.targets], columns.targets)
     if "instruction" in keys and "output" in keys:
         return _instruction(number, name, keys)
-    smiles = find(columns.smiles, SMILES)
+    smiles = find(columns.smiles, SMILES_COLUMNS)
     given = [smiles] if isinstance(smiles, str) else list(smiles or ())
     molecules = tuple(single_backslashes(s.strip()) for s in given)
     if not molecules and isinstance(keys.get("selfies"), str):

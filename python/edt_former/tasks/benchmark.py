@@ -90,17 +90,24 @@ def evaluate(
     """Scores of the model in `folder` on prepared data.
 
     Returns:
-        Scores by setting; what they depend on; and for captions (id, true, said) of every row.
+        Scores by setting; what they depend on; and a table of what was said: of captions (id, true,
+        said) of every row, of properties (id, true, predicted) with a column per target.
 
     Raises:
         ValueError: `folder` has no model; the model needs what is not given.
     """
+    for name in ("batch_size", "limit", "max_new_tokens", "beams"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if options.vocabulary is not None:
+        Pieces(options.vocabulary)
     kind = kind_of(folder)
     texts: list[tuple[str, ...]] = []
     if kind == STAGE1:
         scores, settings = _stage1(folder, data, options)
     elif kind == PROPERTIES:
-        scores, settings = _properties(folder, data, options)
+        scores, settings, texts = _properties(folder, data, options)
     else:
         scores, settings, texts = _language(folder, data, options)
     packages = ("edt-kernels", "torch", "transformers", "rdkit")
@@ -147,7 +154,7 @@ def _stage1(
 
 def _properties(
     folder: Path, data: Sequence[Path], options: EvalOptions
-) -> tuple[Scores, dict[str, Any]]:
+) -> tuple[Scores, dict[str, Any], list[tuple[str, ...]]]:
     model = PropertyModel.from_pretrained(folder).to(options.device)
     rows = PreparedData(data, wants=("targets", "molecule"))
     if rows.target_names() != model.options.targets:
@@ -172,7 +179,12 @@ def _properties(
         if model.options.kind != CLASSIFICATION:
             constant = np.full(len(true), model.options.mean[i])
             scores[f"{name}, training mean"] = score(true[:, i], constant)
-    return scores, {"rows": len(chosen), "head": model.options.kind}
+    names = model.options.targets
+    texts = [("id", *(f"true {n}" for n in names), *(f"predicted {n}" for n in names))]
+    for i in range(len(chosen)):
+        numbers = [*true[i].tolist(), *predicted[i].tolist()]
+        texts.append((chosen[i].id, *("" if np.isnan(x) else repr(x) for x in numbers)))
+    return scores, {"rows": len(chosen), "head": model.options.kind}, texts
 
 
 def _language(
@@ -188,7 +200,7 @@ def _language(
     scores: Scores = {f"perplexity, {name}": {"": value} for name, value in perplexity.items()}
     settings = {"rows": len(chosen), "questions": list(prompt.questions)}
     captioned = [row for row in (chosen[i] for i in range(len(chosen))) if row.text is not None]
-    texts: list[tuple[str, ...]] = []
+    texts = [("id", "true", "said")]
     if captioned and options.vocabulary is not None:
         decoding = {"max_new_tokens": options.max_new_tokens, "num_beams": options.beams}
         said = describe_rows(model, captioned, prompt, **asked, **decoding)
@@ -197,7 +209,7 @@ def _language(
         scores["captions"] = caption_scores(true, said, pieces)
         scores |= _baselines(captioned, true, pieces, options)
         settings |= {"decoding": decoding, "bleu": _bleu_settings(pieces)}
-        texts = [(row.id, t, s) for row, t, s in zip(captioned, true, said, strict=True)]
+        texts += [(row.id, t, s) for row, t, s in zip(captioned, true, said, strict=True)]
     return scores, settings, texts
 
 

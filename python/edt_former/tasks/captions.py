@@ -28,6 +28,7 @@ class Pieces:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: it lacks a special piece.
     """
 
     def __init__(self, vocabulary: Path | str) -> None:
@@ -36,6 +37,9 @@ class Pieces:
         self.vocabulary = Path(vocabulary)
         pieces = self.vocabulary.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         ids = {piece: i for i, piece in enumerate(pieces)}
+        missing = [piece for piece in SPECIAL if piece not in ids]
+        if missing:
+            raise ValueError(f"{vocabulary} is no vocabulary of WordPieces: it lacks {missing[0]}")
         self._tokenizer = BertWordPieceTokenizer(ids, lowercase=True)
         self._tokenizer.enable_truncation(LONGEST)
 

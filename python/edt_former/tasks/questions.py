@@ -239,8 +239,9 @@ def value_of(text: str, key: str) -> str | None:
 def match_question(text: str) -> str | None:
     """The key that a question asks for; None when it names no fact, or more than one.
 
-    A question is one of the phrasings, or it names a key or a synonym in words of its own. A word
-    in front that would narrow the key ("heteroaromatic rings") makes it another question.
+    A question is one of the phrasings, or it names a key or a synonym in words of its own. Words
+    that would narrow the key ("heteroaromatic rings", "ring atoms", "rings that are saturated")
+    make it another question, and so does asking for the number of what is there or not.
 
     >>> match_question("how many aromatic rings are there")
     'aromatic rings'
@@ -250,11 +251,14 @@ def match_question(text: str) -> str | None:
     words = _normalise(text)
     if words in _KEY_BY_PHRASING:
         return _KEY_BY_PHRASING[words]
-    named = {
-        _KEY_BY_STEM[stem] if before in _BEFORE_A_KEY else None
-        for before, stem in _STEMS.findall(words)
-    }
-    return named.pop() if len(named) == 1 else None
+    found = list(_STEMS.finditer(words))
+    named = {_KEY_BY_STEM[m[2]] if (m[1] or "") in _BEFORE_A_KEY else None for m in found}
+    key = named.pop() if len(named) == 1 else None
+    if key is None or (FACT_BY_KEY[key].kind != "count" and _NUMBER.search(words)):
+        return None
+    rest = _THERE.sub("", words[found[-1].end() :]).split()
+    narrowed = (rest and rest[0] not in _AFTER_A_KEY) or not _NARROWING.isdisjoint(rest)
+    return None if narrowed else key
 
 
 def _any_of(words: tuple[str, ...] | list[str]) -> str:
@@ -280,6 +284,28 @@ _KEY_BY_STEM = {
     for words in (fact.key, *fact.synonyms)
 }
 _STEMS = re.compile(rf"(?:\b(\w+) )??\b({_any_of(list(_KEY_BY_STEM))})s?\b")
+_NUMBER = re.compile(r"\b(how many|number|count)\b")
+_THERE = re.compile(r"\b(are|is) (there|present|found)\b")
+_NARROWING = frozenset(["are", "is", "not", "that", "which", "whose", "with", "without", "except"])
+_AFTER_A_KEY = frozenset(
+    [
+        "can",
+        "could",
+        "do",
+        "does",
+        "for",
+        "group",
+        "groups",
+        "here",
+        "in",
+        "of",
+        "on",
+        "please",
+        "present",
+        "there",
+        "within",
+    ]
+)
 _BEFORE_A_KEY = frozenset(
     [
         "a",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import edt_kernels
+from edt_former.chem import motif_features
 from edt_former.connectors import Connector, make_connector
 from edt_former.data import PreparedData, Row
 from edt_former.graph import GraphBatch, GraphEncoder
@@ -27,7 +28,7 @@ from edt_former.language.frozen import (
     write_weights,
 )
 from edt_former.language.manifest import FrozenPart, Manifest
-from edt_former.processor import PatchSets
+from edt_former.processor import PatchSets, find_patch_sets, read_all
 from edt_former.tokens import NextAtomPredictor
 from edt_former.train.molecules import MoleculeBatch
 from edt_former.train.parts import GRAPH_ENCODER, PREDICTOR, read_graph_encoder, read_predictor
@@ -119,6 +120,25 @@ class PropertyModel(nn.Module):
             return scores.sigmoid()
         return scores * scores.new_tensor(self.options.scale) + scores.new_tensor(self.options.mean)
 
+    def predict_molecules(self, molecules: Any) -> Tensor:
+        """`predict` of molecules [B, targets], by the names of `options.targets`.
+
+        Args:
+            molecules: as of `MoleculeLM.embed_molecules`.
+
+        Raises:
+            ValueError: a molecule cannot be read, or the graph encoder reads coordinates.
+        """
+        if self.graph_encoder.needs_coordinates:
+            raise ValueError(
+                "predict_molecules makes no conformers: use predict with prepared data"
+            )
+        options = self.connector.patch_options
+        read = read_all(molecules, options=options)
+        motifs = motif_features(read) if self.connector.reads_motifs else None
+        graph = GraphBatch.pack(read, motifs=motifs).to(next(self.head.parameters()).device)
+        return self.predict(graph, find_patch_sets(read, graph, options, self.predictor))
+
     def _standard(self, targets: Tensor) -> Tensor:
         if self.options.kind == CLASSIFICATION:
             return targets
@@ -167,9 +187,17 @@ class PropertyModel(nn.Module):
 
 
 def standardisation(kind: str, data: PreparedData) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of every target over the rows that know it."""
+    """Mean and standard deviation of every target over the rows that know it.
+
+    Raises:
+        ValueError: classes that are not 0 and 1.
+    """
     values = np.array([data[i].targets for i in range(len(data))])
     if kind == CLASSIFICATION:
+        for name, column in zip(data.target_names(), values.T, strict=True):
+            odd = column[~np.isnan(column) & (column != 0) & (column != 1)]
+            if len(odd):
+                raise ValueError(f"{name} must be 0 or 1 for classification, got {odd[0]:g}")
         return (0.0,) * values.shape[1], (1.0,) * values.shape[1]
     mean, scale = np.nanmean(values, 0), np.nanstd(values, 0)
     return tuple(mean.tolist()), tuple(np.where(scale > 0, scale, 1.0).tolist())

@@ -111,6 +111,9 @@ def run_ablation(
         FileNotFoundError: a file is missing, or the package has no models.
         ValueError: the table has no such column; `out` has another run.
     """
+    tested = sum(map(_is_tested, _measured(table, target)[0]))  # before hours of training
+    if not tested:
+        raise ValueError(f"{table} must have molecules of more scaffolds: none is left to test on")
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         **{"seeds": seeds, "scale": scale, "steps": list(STEPS), "property steps": REAL_STEPS},
