@@ -151,7 +151,11 @@ def _known_part(model: MoleculeLM, name: str) -> FrozenPart:
         return known
     module = getattr(model, name)
     sha256 = content_hash(module_weights(module), without=without)
-    return FrozenPart(sha256, None, getattr(module, "name_or_path", ""), without)
+    folder = getattr(module, "part_folder", None)
+    if folder is None or not folder.is_dir():
+        return FrozenPart(sha256, None, getattr(module, "name_or_path", ""), without)
+    unchanged = content_hash(read_weights(folder), without=without) == sha256
+    return FrozenPart(sha256, str(folder) if unchanged else None, folder.name, without)
 
 
 def _save_frozen(model: MoleculeLM, folders: Mapping[str, Path], dtype: torch.dtype | None) -> None:

@@ -12,7 +12,9 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+import edt_former
 from edt_former import shipped
 from edt_former.cli import demo
 from edt_former.cli.main import COMMANDS, main
@@ -175,6 +177,24 @@ class TestDescribe:
     def test_the_folder_of_all_models_is_no_model(self, fails, as_shipped):
         message = fails("describe", "CCO", "--model", as_shipped)
         assert message.startswith(f"{as_shipped} must be the folder of a checkpoint")
+
+    def test_a_connector_that_was_saved_alone(self, edt, fails, as_shipped, tmp_path):
+        shipped_model = edt_former.load()
+        language_model = as_shipped / "language_model"
+        model = edt_former.MoleculeLM.from_parts(
+            AutoModelForCausalLM.from_pretrained(language_model),
+            shipped_model.graph_encoder,
+            shipped_model.connector,
+            shipped_model.predictor,
+            tokenizer=shipped_model.processor.tokenizer,
+        )
+        model.save_pretrained(tmp_path)
+        asked = ("describe", "CCO", "--model", tmp_path, "--ask", "How many rings?")
+        assert "language_model= is needed" in fails(*asked)
+        status, out, _ = edt(*asked, "--language-model", language_model)
+        assert status == 0 and out[-1].startswith("How many rings?")
+        assert "belongs to --model" in fails("describe", "C", "--language-model", language_model)
+        assert "not with --model" in fails(*asked, "--connector", "mora")
 
     def test_damaged_weights(self, fails, as_shipped, tmp_path):
         shutil.copytree(as_shipped, tmp_path / "copy")

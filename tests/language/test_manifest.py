@@ -27,6 +27,24 @@ def test_paths_are_relative_on_disk_and_absolute_in_memory(tmp_path):
     assert moved.folder("language_model") == tmp_path / "b" / "llm"
 
 
+def test_parts_of_the_package_are_found_wherever_it_is(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name / "graph_encoder").mkdir(parents=True)
+    monkeypatch.setattr("edt_former.shipped.folder", lambda: tmp_path / "here")
+    encoder = str(tmp_path / "here/graph_encoder")
+    for root in (tmp_path / "run", tmp_path / "here/edt_former"):
+        root.mkdir()
+        Manifest(root, {"graph_encoder": FrozenPart("ab", encoder)}).write()
+        assert Manifest.read(root).folder("graph_encoder") == tmp_path / "here/graph_encoder"
+    told = json.loads((tmp_path / "run/manifest.json").read_text())["parts"]
+    assert told["graph_encoder"]["path"] == "shipped:graph_encoder"
+    told = json.loads((root / "manifest.json").read_text())["parts"]
+    assert told["graph_encoder"]["path"] == "../graph_encoder", "among the models themselves"
+    monkeypatch.setattr("edt_former.shipped.folder", lambda: tmp_path / "there")
+    found = Manifest.read(tmp_path / "run").folder("graph_encoder")
+    assert found == tmp_path / "there/graph_encoder"
+
+
 def test_a_manifest_of_something_else_is_an_error(tmp_path):
     (tmp_path / "manifest.json").write_text('{"seed": 0}')
     with pytest.raises(ValueError, match=r"must be the folder of a checkpoint"):

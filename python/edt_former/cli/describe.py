@@ -30,6 +30,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="a saved MoleculeLM instead of the shipped one"
     )
+    parser.add_argument(
+        "--language-model", metavar="DIR", help="of --model, where it does not say where that is"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -43,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.model is not None and not args.model.is_dir():
         raise ValueError(f"--model must be a folder, got {args.model}")
+    if args.language_model and args.model is None:
+        raise ValueError("--language-model belongs to --model")
     if args.model is not None and (args.connector or args.encoder):
         raise ValueError("--connector and --encoder choose a shipped model: not with --model")
     if args.model is not None and (args.model / "head").is_dir():
@@ -55,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
         is_file = os.path.isfile(args.smiles)
         hint = f"; for the molecules of a file: edt demo {args.smiles}" if is_file else ""
         raise ValueError(f"SMILES {molecule.source!r} cannot be read: {molecule.reason}{hint}")
-    model = MoleculeLM.from_pretrained(args.model) if args.model else load(connector_of(args))
+    if args.model is None:
+        model = load(connector_of(args))
+    else:
+        model = MoleculeLM.from_pretrained(args.model, language_model=args.language_model)
     questions = args.ask or [fact.phrasings[0] for fact in FACTS]
     answers = model.answer(molecule, questions)
     truth = facts(molecule)

@@ -161,6 +161,8 @@ def save_part(module: nn.Module, folder: Path | str, *, dtype: torch.dtype | Non
 def load_part(build: Callable[[dict[str, Any]], nn.Module], folder: Path | str) -> nn.Module:
     """Reads what `save_part` wrote, in float32; `build` makes the module from its config.
 
+    The module remembers its `part_folder`, so that a checkpoint can say where its part is.
+
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the weights do not fit the module.
@@ -177,6 +179,7 @@ def load_part(build: Callable[[dict[str, Any]], nn.Module], folder: Path | str) 
     """
     module = build(json.loads((Path(folder) / CONFIG).read_text()))
     load_strictly(module, dict(read_weights(folder)), source=folder)
+    module.part_folder = Path(folder).resolve()
     return module
 
 
