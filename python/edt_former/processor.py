@@ -182,6 +182,15 @@ def read_all(
     return molecules
 
 
+def _strings(name: str, given: str | Sequence[str]) -> list[str]:
+    """One string or several, as a list."""
+    rows = [given] if isinstance(given, str) else list(as_list(given))
+    for index, row in enumerate(rows):
+        if not isinstance(row, str):
+            raise TypeError(f"{name}[{index}] must be a string, got {type(row).__name__}")
+    return rows
+
+
 def as_list(given: Any) -> Any:
     """Arrays and columns of tables as lists; anything else as it is."""
     return given.tolist() if hasattr(given, "tolist") else given
@@ -345,11 +354,12 @@ class MoleculeProcessor:
             `patches` (`PatchSets`), `molecule_counts` int64 [B], and with answers `labels` [B, S].
 
         Raises:
+            TypeError: a text or an answer is no string.
             ValueError: a row has more or fewer marks than molecules; a molecule cannot be read, or
                 has no conformer where one is needed; a row is longer than `max_length`. It names
                 the row or molecule and the numbers.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = _strings("text", text)
         prompts = [self._ids(row, add_special_tokens) for row in texts]
         side = padding_side or ("left" if answers is None else "right")
         if answers is None:
@@ -625,7 +635,7 @@ class MoleculeProcessor:
     ) -> list[list[int]]:
         if answers is None:
             return [[] for _ in texts]
-        answers = [answers] if isinstance(answers, str) else list(answers)
+        answers = _strings("answers", answers)
         if len(answers) != len(texts):
             raise ValueError(f"answers must be one per text, {len(texts)}, got {len(answers)}")
         eos = self.tokenizer.eos_token_id

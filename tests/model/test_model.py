@@ -304,6 +304,14 @@ def test_a_single_molecule_is_one(make_model):
     assert counts == model.processor.token_counts(["CCO"]) == tokens.offsets.diff().tolist()
 
 
+def test_texts_and_answers_are_strings(make_model):
+    processor = make_model("llama").processor
+    with pytest.raises(TypeError, match=r"text\[1\] must be a string, got int"):
+        processor(["how many ?", 3])
+    with pytest.raises(TypeError, match=r"answers\[0\] must be a string, got float"):
+        processor("how many ?", answers=[2.0])
+
+
 def test_a_damaged_processor_is_named(make_model, tmp_path):
     model = make_model("llama")
     model.processor.save_pretrained(tmp_path)
