@@ -6,6 +6,7 @@ import copy
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -456,8 +457,8 @@ class MoleculeProcessor:
         """
         if self._pool is None:
             raise ValueError("conformers are made for a graph encoder that reads coordinates only")
-        new = {m.smiles: m for m in molecules if m.smiles not in self._conformers}
         found = {m.smiles: self._conformers.get(m.smiles) for m in molecules}
+        new = {m.smiles: m for m in molecules if found[m.smiles] is None}
         found |= zip(new, (pool or self._pool).make(new.values()), strict=True)
         self._remember(self._conformers, found)
         return [found[m.smiles] for m in molecules]
@@ -740,7 +741,7 @@ class MoleculeProcessor:
     def _look_up(self, molecules: list[Molecule]) -> list[dict[str, list[int]]]:
         """The patch ids of every molecule by source, from the cache or found in one batch."""
         new = {m.smiles or index: m for index, m in enumerate(molecules)}
-        known = {smiles: self._cache[smiles] for smiles in new if smiles in self._cache}
+        known = {key: ids for key in new if (ids := self._cache.get(key)) is not None}
         new = {key: molecule for key, molecule in new.items() if key not in known}
         if new:
             cuts = self._find(list(new.values()))
@@ -759,12 +760,14 @@ class MoleculeProcessor:
         return [unpack_patches(sets[s], graph.offsets) for s in options.sources]
 
     def _remember(self, cache: OrderedDict[str, Any], found: Mapping[str | int, Any]) -> None:
+        """Takes in what was found, as the most recent, in steps that other threads may cross."""
         for key, value in found.items():
             if isinstance(key, str) and key:
+                cache.pop(key, None)
                 cache[key] = value
-                cache.move_to_end(key)
         while len(cache) > self.cache_size:
-            cache.popitem(last=False)
+            with suppress(KeyError):
+                cache.popitem(last=False)
 
 
 def _by_mark(molecules: Any, marks: list[int], mol_token: str) -> list[Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from types import SimpleNamespace
 
@@ -86,6 +87,22 @@ def test_the_least_recently_used_patches_are_forgotten(make_processor):
     many = processor("<mol>" * 3, ["CCCC", "CCCCC", "CCCCCC"])
     assert many["molecule_counts"].tolist() == [3]
     assert len(processor._cache) == 2
+
+
+class Crossed(OrderedDict):
+    """A memory of which another thread forgets everything at once."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.clear()
+
+
+def test_what_another_thread_forgets_is_found_again(make_processor):
+    processor = make_processor("edt_former")
+    expected = processor("<mol> <mol>", ["CCO", "CCN"])["input_ids"]
+    processor._cache = Crossed()
+    for _ in range(2):
+        assert torch.equal(processor("<mol> <mol>", ["CCO", "CCN"])["input_ids"], expected)
 
 
 def test_a_molecule_may_come_in_any_form(make_processor):
