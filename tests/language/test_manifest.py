@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from edt_former.graph import make_encoder
+from edt_former.language.frozen import content_hash, save_part
 from edt_former.language.manifest import FrozenPart, Manifest
 
 
@@ -28,21 +30,18 @@ def test_paths_are_relative_on_disk_and_absolute_in_memory(tmp_path):
 
 
 def test_parts_of_the_package_are_found_wherever_it_is(tmp_path, monkeypatch):
-    for name in ("here", "there"):
-        (tmp_path / name / "graph_encoder").mkdir(parents=True)
-    monkeypatch.setattr("edt_former.shipped.folder", lambda: tmp_path / "here")
-    encoder = str(tmp_path / "here/graph_encoder")
-    for root in (tmp_path / "run", tmp_path / "here/edt_former"):
-        root.mkdir()
-        Manifest(root, {"graph_encoder": FrozenPart("ab", encoder)}).write()
-        assert Manifest.read(root).folder("graph_encoder") == tmp_path / "here/graph_encoder"
-    told = json.loads((tmp_path / "run/manifest.json").read_text())["parts"]
-    assert told["graph_encoder"]["path"] == "shipped:graph_encoder"
-    told = json.loads((root / "manifest.json").read_text())["parts"]
-    assert told["graph_encoder"]["path"] == "../graph_encoder", "among the models themselves"
+    encoder = make_encoder({"name": "gin", "layers": 1, "width": 8})
+    save_part(encoder, tmp_path / "there/graph_encoder")
+    sha256 = content_hash(encoder.state_dict().items())
+    gone = str(tmp_path / "here/graph_encoder")
+    manifest = Manifest(tmp_path, {"graph_encoder": FrozenPart(sha256, gone, "graph_encoder")})
     monkeypatch.setattr("edt_former.shipped.folder", lambda: tmp_path / "there")
-    found = Manifest.read(tmp_path / "run").folder("graph_encoder")
-    assert found == tmp_path / "there/graph_encoder"
+    assert manifest.folder("graph_encoder") == tmp_path / "there/graph_encoder"
+    others = ((sha256, "other"), (sha256, "../there/graph_encoder"), ("ab", "graph_encoder"))
+    for digest, name in others:
+        manifest = Manifest(tmp_path, {"graph_encoder": FrozenPart(digest, gone, name)})
+        with pytest.raises(FileNotFoundError, match=r"graph_encoder= is needed: .* is no folder"):
+            manifest.folder("graph_encoder")
 
 
 def test_a_manifest_of_something_else_is_an_error(tmp_path):

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edt_former import shipped
-from edt_former.language.frozen import write_json
+from edt_former.language.frozen import content_hash, read_weights, write_json
 
 if TYPE_CHECKING:
     from typing import Self
 
 MANIFEST = "manifest.json"
-SHIPPED = "shipped:"
-"""In front of the name of a part that is among the models of the package."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class FrozenPart:
     Attributes:
         sha256: `content_hash` of its weights.
         path: its folder; None where the checkpoint does not know. On disk it is relative to the
-            checkpoint's folder, or "shipped:" and its name among the models of the package.
+            checkpoint's folder.
         name: what it is called where it came from.
         without: weights that the hash leaves out, because the checkpoint holds them.
     """
@@ -57,7 +55,7 @@ class Manifest:
         text = (root / MANIFEST).read_bytes()
         try:
             for name, part in json.loads(text)["parts"].items():
-                path = part["path"] and _found(root, part["path"])
+                path = part["path"] and os.path.normpath(root / part["path"])
                 left_out = tuple(part["without"])
                 parts[name] = FrozenPart(**{**part, "path": path, "without": left_out})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -70,36 +68,33 @@ class Manifest:
         """Writes `manifest.json`."""
         parts = {}
         for name, part in self.parts.items():
-            path = part.path and _told(self.root, Path(part.path))
+            path = part.path and Path(os.path.relpath(part.path, self.root)).as_posix()
             parts[name] = asdict(replace(part, path=path))
         write_json(self.root / MANIFEST, {"parts": parts})
 
     def folder(self, part: str) -> Path:
-        """Where a part is.
+        """Where a part is: where the manifest says, or else among the models of this package.
 
         Raises:
             FileNotFoundError: the manifest does not say, or nothing is there.
         """
-        path = self.parts[part].path if part in self.parts else None
-        if path is None or not Path(path).is_dir():
-            named = self.parts[part].name if part in self.parts else ""
-            where = f"does not say where it is{f', it was {named!r}' if named else ''}"
-            if path is not None:
-                where = f"says {path}, which is no folder"
-            raise FileNotFoundError(f"{part}= is needed: {self.root / MANIFEST} {where}")
-        return Path(path)
+        known = self.parts.get(part, FrozenPart(""))
+        if known.path is not None and Path(known.path).is_dir():
+            return Path(known.path)
+        if _ships(known):
+            return shipped.folder() / known.name
+        where = f"says {known.path}, which is no folder"
+        if known.path is None:
+            where = f"does not say where it is{f', it was {known.name!r}' if known.name else ''}"
+        raise FileNotFoundError(f"{part}= is needed: {self.root / MANIFEST} {where}")
 
 
-def _told(root: Path, path: Path) -> str:
-    """How the manifest of a checkpoint in `root` writes the folder of a part."""
-    models = shipped.folder().resolve()
-    if path.resolve().is_relative_to(models) and not root.resolve().is_relative_to(models):
-        return f"{SHIPPED}{path.resolve().relative_to(models).as_posix()}"
-    return Path(os.path.relpath(path, root)).as_posix()
-
-
-def _found(root: Path, told: str) -> str:
-    """The folder of a part that a manifest in `root` writes so."""
-    if told.startswith(SHIPPED):
-        return str(shipped.folder() / told.removeprefix(SHIPPED))
-    return os.path.normpath(root / told)
+def _ships(part: FrozenPart) -> bool:
+    """Whether the package has this very part, as it has for whoever moves a checkpoint."""
+    folder = shipped.folder() / part.name
+    if not part.name or Path(part.name).name != part.name or not folder.is_dir():
+        return False
+    try:
+        return content_hash(read_weights(folder), without=part.without) == part.sha256
+    except (OSError, ValueError):
+        return False
