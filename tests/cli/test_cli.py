@@ -284,6 +284,10 @@ class TestFile:
         monkeypatch.undo()
         assert edt("demo", molecules, "--out", out)[0] == 0
         assert len(out.read_text().splitlines()) == 7 and not partial.exists()
+        link = molecules.with_name("link.csv")
+        link.symlink_to(out)
+        assert edt("demo", molecules, "--out", link, "--no-report")[0] == 0
+        assert link.is_symlink() and len(out.read_text().splitlines()) == 7
 
     def test_rows_that_cannot_be_read_are_told_and_counted(self, edt, molecules):
         status, out, err = edt("demo", molecules)

@@ -102,6 +102,7 @@ def write_rows(
     with ExitStack() as stack:
         writer = None
         if out is not None:
+            out = out.resolve()  # a link goes on leading there
             partial = out.with_name(f"{out.name}.partial") if _is_plain(out) else out
             file = stack.enter_context(partial.open("w", newline="", encoding="utf-8"))
             writer = csv.writer(file)
