@@ -21,13 +21,11 @@ from edt_kernels.reference.linear_entropy import kept_shape
 def _fake(hidden, weight, bias, scale, keep):
     dtype = accumulation_dtype(hidden.dtype)
     row = hidden.new_empty(hidden.shape[:-1], dtype=dtype)
-    logits = hidden.new_empty(kept_shape(hidden, weight, keep), dtype=dtype)
-    return row, torch.empty_like(row), torch.empty_like(row), logits
+    kept = hidden.new_empty(kept_shape(hidden, weight, keep), dtype=dtype)
+    return row, torch.empty_like(row), torch.empty_like(row), kept
 
 
-def _fake_bwd(
-    grad, hidden, weight, bias, h, top, log_total, logits, scale, need_hidden, need_weight
-):
+def _fake_bwd(grad, hidden, weight, bias, h, top, log_total, kept, scale, need_hidden, need_weight):
     tokens, width = weight.shape
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0, width)),
@@ -45,7 +43,7 @@ _linear_entropy = define(
 )
 _linear_entropy_bwd = define(
     "linear_entropy_bwd(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor h,"
-    " Tensor top, Tensor log_total, Tensor logits, float scale, bool need_hidden,"
+    " Tensor top, Tensor log_total, Tensor kept, float scale, bool need_hidden,"
     " bool need_weight)"
     " -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_entropy_bwd,

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import edt_kernels
 from edt_former.checkpoint import FROZEN_PARTS, load_checkpoint, save_checkpoint, trained_names
-from edt_former.chem import ConformerOptions, Molecule, make_conformers, motif_features
+from edt_former.chem import ConformerOptions, Molecule, make_conformers
 from edt_former.config import MoleculeConfig
 from edt_former.connectors import (
     Connector,
@@ -42,7 +42,8 @@ from edt_former.processor import (
     MoleculeProcessor,
     PatchSets,
     as_list,
-    find_patch_sets,
+    as_strings,
+    pack_with_patches,
     places,
     read_all,
 )
@@ -433,13 +434,17 @@ class MoleculeLM(PreTrainedModel, GenerationMixin):
             ValueError: a molecule cannot be read, or has no conformer where one is needed.
         """
         self._needs_tokens("adapt_molecules")
-        options = self.connector.patch_options
         features = self.config.features
-        read = read_all(molecules, options=options, features=features)
-        coordinates = self._coordinates(read)
-        motifs = motif_features(read) if self.connector.reads_motifs else None
-        graph = GraphBatch.pack(read, coordinates, features=features, motifs=motifs).to(self.device)
-        return self.encode(graph, find_patch_sets(read, graph, options, self.predictor))
+        read = read_all(molecules, options=self.connector.patch_options, features=features)
+        packed = pack_with_patches(
+            read,
+            self.connector,
+            self.predictor,
+            device=self.device,
+            features=features,
+            coordinates=self._coordinates(read),
+        )
+        return self.encode(*packed)
 
     @torch.no_grad()
     def embed_graph(self, graph: GraphBatch, *, longest: int | None = None) -> MoleculeTokens:
@@ -820,11 +825,8 @@ def _accepts(language_model: nn.Module, argument: str) -> bool:
 def _paired(molecules: Any, questions: str | Sequence[str]) -> list[tuple[list[Any], str]]:
     """The molecules of each question; what comes alone goes with all."""
     molecules, questions = map(as_list, (molecules, questions))
+    asked = as_strings("questions", questions)
     many = isinstance(molecules, list | tuple)
-    asked = [questions] if isinstance(questions, str) else list(questions)
-    for i, question in enumerate(asked):
-        if not isinstance(question, str):
-            raise TypeError(f"questions[{i}] must be a string, got {type(question).__name__}")
     given = list(molecules) if many else [molecules]
     if isinstance(questions, str):
         asked = asked * len(given)

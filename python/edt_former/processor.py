@@ -127,6 +127,21 @@ def find_patch_sets(
     return PatchSets(sets).to(graph.offsets.device)
 
 
+def pack_with_patches(
+    molecules: Sequence[Molecule] | Sequence[Graph],
+    connector: Connector,
+    predictor: NextAtomPredictor | None,
+    *,
+    device: torch.device,
+    features: str | None = OGB,
+    coordinates: Sequence[np.ndarray] | None = None,
+) -> tuple[GraphBatch, PatchSets]:
+    """What a graph encoder and a connector read of molecules, on the device of the predictor."""
+    motifs = motif_features(molecules) if connector.reads_motifs else None
+    graph = GraphBatch.pack(molecules, coordinates, features=features, motifs=motifs).to(device)
+    return graph, find_patch_sets(molecules, graph, connector.patch_options, predictor)
+
+
 def as_molecule(source: Any, *, as_written: bool = False) -> Molecule | Invalid:
     """Reads a molecule in any form that the processor takes.
 
@@ -183,9 +198,14 @@ def read_all(
     return molecules
 
 
-def _strings(name: str, given: str | Sequence[str]) -> list[str]:
-    """One string or several, as a list."""
-    rows = [given] if isinstance(given, str) else list(as_list(given))
+def as_strings(name: str, given: str | Sequence[str]) -> list[str]:
+    """One string or several, as a list.
+
+    Raises:
+        TypeError: one is no string; it names the index.
+    """
+    given = as_list(given)
+    rows = [given] if isinstance(given, str) else list(given)
     for index, row in enumerate(rows):
         if not isinstance(row, str):
             raise TypeError(f"{name}[{index}] must be a string, got {type(row).__name__}")
@@ -360,7 +380,7 @@ class MoleculeProcessor:
                 has no conformer where one is needed; a row is longer than `max_length`. It names
                 the row or molecule and the numbers.
         """
-        texts = _strings("text", text)
+        texts = as_strings("text", text)
         prompts = [self._ids(row, add_special_tokens) for row in texts]
         side = padding_side or ("left" if answers is None else "right")
         if answers is None:
@@ -636,7 +656,7 @@ class MoleculeProcessor:
     ) -> list[list[int]]:
         if answers is None:
             return [[] for _ in texts]
-        answers = _strings("answers", answers)
+        answers = as_strings("answers", answers)
         if len(answers) != len(texts):
             raise ValueError(f"answers must be one per text, {len(texts)}, got {len(answers)}")
         eos = self.tokenizer.eos_token_id

@@ -44,17 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from edt_former.shipped import load
     from edt_former.tasks.questions import FACTS, facts, match_question, value_of
 
-    if args.model is not None and not args.model.is_dir():
-        raise ValueError(f"--model must be a folder, got {args.model}")
-    if args.language_model and args.model is None:
-        raise ValueError("--language-model belongs to --model")
-    if args.model is not None and (args.connector or args.encoder):
-        raise ValueError("--connector and --encoder choose a shipped model: not with --model")
-    if args.model is not None and (args.model / "head").is_dir():
-        raise ValueError(
-            f"{args.model} has a property head and no language model: its predictions are written "
-            "by edt eval --texts, or PropertyModel.from_pretrained(...).predict_molecules"
-        )
+    _check_model(args)
     molecule = read_molecule(args.smiles)
     if isinstance(molecule, Invalid):
         is_file = os.path.isfile(args.smiles)
@@ -87,3 +77,19 @@ def run(args: argparse.Namespace) -> int:
     print(f"{molecule.smiles}\n{molecule.num_atoms} heavy atoms, {tokens} tokens in the prompt\n")
     print(table(["question", "answer", "RDKit"], rows))
     return 0
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    if args.model is None:
+        if args.language_model:
+            raise ValueError("--language-model belongs to --model")
+        return
+    if not args.model.is_dir():
+        raise ValueError(f"--model must be a folder, got {args.model}")
+    if args.connector or args.encoder:
+        raise ValueError("--connector and --encoder choose a shipped model: not with --model")
+    if (args.model / "head").is_dir():
+        raise ValueError(
+            f"{args.model} has a property head and no language model: its predictions are written "
+            "by edt eval --texts, or PropertyModel.from_pretrained(...).predict_molecules"
+        )

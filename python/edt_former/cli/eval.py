@@ -6,6 +6,8 @@ import argparse
 import csv
 from pathlib import Path
 
+NO_TEXTS = "--texts needs captions (give --vocabulary) or properties"
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
@@ -65,7 +67,14 @@ def run(args: argparse.Namespace) -> int:
     from edt_former.cli.files import writable
     from edt_former.language.frozen import write_json
     from edt_former.report.table import table
-    from edt_former.tasks.benchmark import EvalOptions, evaluate, rows_of, score_file
+    from edt_former.tasks.benchmark import (
+        PROPERTIES,
+        EvalOptions,
+        evaluate,
+        kind_of,
+        rows_of,
+        score_file,
+    )
 
     for option, path in (("--out", args.out), ("--texts", args.texts)):
         if path is not None:
@@ -78,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         if not args.data:
             raise ValueError("--data is needed to evaluate a model")
+        if args.texts and args.vocabulary is None and kind_of(args.model) != PROPERTIES:
+            raise ValueError(NO_TEXTS)
         options = EvalOptions(
             batch_size=args.batch_size,
             candidates=args.rerank,
@@ -104,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.out, {"scores": known, "settings": settings})
     if args.texts is not None:
         if len(texts) < 2:
-            raise ValueError("--texts needs captions (give --vocabulary) or properties")
+            raise ValueError(NO_TEXTS)
         with args.texts.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(texts)
     return 0

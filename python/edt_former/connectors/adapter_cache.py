@@ -68,28 +68,21 @@ class AdapterCache:
                 new molecule once, or not at all.
             version: of the weights; with another one everything is forgotten.
         """
-        with self._lock:
-            return self._find(keys, make, version)
-
-    def _find(
-        self,
-        keys: Sequence[Hashable],
-        make: Callable[[list[int]], MoleculeAdapters],
-        version: Hashable,
-    ) -> MoleculeAdapters:
-        if version != self._version:
-            self._clear(version)
         first = {key: place for place, key in reversed(list(enumerate(keys)))}
-        new = sorted(place for key, place in first.items() if key not in self._known)
-        known = {key: self._known[key] for key in first if key in self._known}
-        if new:
-            made = make(new)
-            self._shared = made
-            for index, place in enumerate(new):
-                known[keys[place]] = {kind: a[:, index].clone() for kind, a in made.a.items()}
-        self._remember(known)
-        a = {kind: torch.stack([known[key][kind] for key in keys], 1) for kind in self._shared.a}
-        return self._shared._replace(a=a)
+        with self._lock:
+            if version != self._version:
+                self._clear(version)
+            new = sorted(place for key, place in first.items() if key not in self._known)
+            known = {key: self._known[key] for key in first if key in self._known}
+            if new:
+                made = make(new)
+                self._shared = made
+                for index, place in enumerate(new):
+                    known[keys[place]] = {kind: a[:, index].clone() for kind, a in made.a.items()}
+            self._remember(known)
+            shared = self._shared
+        a = {kind: torch.stack([known[key][kind] for key in keys], 1) for kind in shared.a}
+        return shared._replace(a=a)
 
     def _remember(self, adapters: dict[Hashable, dict[str, Tensor]]) -> None:
         for key, a in adapters.items():

@@ -184,10 +184,11 @@ def _numbers(cells: Sequence[Any], names: Sequence[str]) -> tuple[float | None, 
             numbers.append(None)
             continue
         try:
-            number = float("nan" if "_" in str(cell) else cell)
+            number = float(cell)
         except (TypeError, ValueError):
             number = math.nan
-        if not math.isfinite(number):
+        # Python reads 1_000 for a number.
+        if "_" in str(cell) or not math.isfinite(number):
             raise ValueError(f"{name} is no number: {str(cell)[:40]!r}")
         numbers.append(number)
     return tuple(numbers)

@@ -81,20 +81,21 @@ class Manifest:
         known = self.parts.get(part, FrozenPart(""))
         if known.path is not None and Path(known.path).is_dir():
             return Path(known.path)
-        if _ships(known):
-            return shipped.folder() / known.name
+        if (folder := _shipped_folder(known)) is not None:
+            return folder
         where = f"says {known.path}, which is no folder"
         if known.path is None:
             where = f"does not say where it is{f', it was {known.name!r}' if known.name else ''}"
         raise FileNotFoundError(f"{part}= is needed: {self.root / MANIFEST} {where}")
 
 
-def _ships(part: FrozenPart) -> bool:
-    """Whether the package has this very part, as it has for whoever moves a checkpoint."""
+def _shipped_folder(part: FrozenPart) -> Path | None:
+    """Where the package has this very part, as it has for whoever moves a checkpoint."""
     folder = shipped.folder() / part.name
     if not part.name or Path(part.name).name != part.name or not folder.is_dir():
-        return False
+        return None
     try:
-        return content_hash(read_weights(folder), without=part.without) == part.sha256
+        same = content_hash(read_weights(folder), without=part.without) == part.sha256
     except (OSError, ValueError):
-        return False
+        return None
+    return folder if same else None

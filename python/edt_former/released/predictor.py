@@ -98,7 +98,7 @@ def _write_tokens(folder: Path) -> None:
 def _check_tokens(file: Path) -> None:
     if not file.is_file():
         return
-    tokens = file.read_text().removesuffix("\n").split("\n")
+    tokens = file.read_text().splitlines()
     pairs = zip(tokens, TOKENS, strict=False)
     differing = [f"{t!r} instead of {o!r}" for t, o in pairs if t != o]
     if len(tokens) != len(TOKENS):

@@ -100,8 +100,7 @@ def evaluate(
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if options.vocabulary is not None:
-        Pieces(options.vocabulary)
+    pieces = None if options.vocabulary is None else Pieces(options.vocabulary)
     kind = kind_of(folder)
     texts: list[tuple[str, ...]] = []
     if kind == STAGE1:
@@ -109,7 +108,7 @@ def evaluate(
     elif kind == PROPERTIES:
         scores, settings, texts = _properties(folder, data, options)
     else:
-        scores, settings, texts = _language(folder, data, options)
+        scores, settings, texts = _language(folder, data, options, pieces)
     packages = ("edt-kernels", "torch", "transformers", "rdkit")
     settings = {
         "kind": kind,
@@ -165,8 +164,10 @@ def _properties(
     molecules = MoleculeBatch(model.graph_encoder, model.connector, model.predictor, rows)
     collate = PropertyBatch(molecules)
     chosen = _limited(rows, options)
-    predicted, true = [], []
-    for batch in DataLoader(chosen, options.batch_size, collate_fn=collate):
+    ids, predicted, true = [], [], []
+    for read in DataLoader(chosen, options.batch_size, collate_fn=list):
+        ids += [row.id for row in read]
+        batch = collate(read)
         predicted.append(model.predict(batch["graph"], batch["patches"]).cpu())
         true.append(batch["targets"])
     predicted, true = (torch.cat(x).double().numpy() for x in (predicted, true))
@@ -181,14 +182,13 @@ def _properties(
             scores[f"{name}, training mean"] = score(true[:, i], constant)
     names = model.options.targets
     texts = [("id", *(f"true {n}" for n in names), *(f"predicted {n}" for n in names))]
-    for i in range(len(chosen)):
-        numbers = [*true[i].tolist(), *predicted[i].tolist()]
-        texts.append((chosen[i].id, *("" if np.isnan(x) else repr(x) for x in numbers)))
+    for name, numbers in zip(ids, np.hstack([true, predicted]).tolist(), strict=True):
+        texts.append((name, *("" if np.isnan(x) else repr(x) for x in numbers)))
     return scores, {"rows": len(chosen), "head": model.options.kind}, texts
 
 
 def _language(
-    folder: Path, data: Sequence[Path], options: EvalOptions
+    folder: Path, data: Sequence[Path], options: EvalOptions, pieces: Pieces | None
 ) -> tuple[Scores, dict[str, Any], list[tuple[str, ...]]]:
     model = MoleculeLM.from_pretrained(folder).to(options.device)
     rows = PreparedData(data, wants=("said", "molecules"))
@@ -201,10 +201,9 @@ def _language(
     settings = {"rows": len(chosen), "questions": list(prompt.questions)}
     captioned = [row for row in (chosen[i] for i in range(len(chosen))) if row.text is not None]
     texts = [("id", "true", "said")]
-    if captioned and options.vocabulary is not None:
+    if captioned and pieces is not None:
         decoding = {"max_new_tokens": options.max_new_tokens, "num_beams": options.beams}
         said = describe_rows(model, captioned, prompt, **asked, **decoding)
-        pieces = Pieces(options.vocabulary)
         true = [row.text for row in captioned]
         scores["captions"] = caption_scores(true, said, pieces)
         scores |= _baselines(captioned, true, pieces, options)

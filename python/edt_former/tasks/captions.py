@@ -10,6 +10,7 @@ from statistics import fmean
 from tokenizers import BertWordPieceTokenizer
 
 from edt_former.extras import need
+from edt_former.train.words import read_pieces
 
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]")
 LONGEST = 512
@@ -35,8 +36,7 @@ class Pieces:
         if not Path(vocabulary).is_file():
             raise FileNotFoundError(f"no such file: {vocabulary}")
         self.vocabulary = Path(vocabulary)
-        pieces = self.vocabulary.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        ids = {piece: i for i, piece in enumerate(pieces)}
+        ids = {piece: i for i, piece in enumerate(read_pieces(self.vocabulary))}
         missing = [piece for piece in SPECIAL if piece not in ids]
         if missing:
             raise ValueError(f"{vocabulary} is no vocabulary of WordPieces: it lacks {missing[0]}")

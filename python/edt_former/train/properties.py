@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import edt_kernels
-from edt_former.chem import motif_features
 from edt_former.connectors import Connector, make_connector
 from edt_former.data import PreparedData, Row
 from edt_former.graph import GraphBatch, GraphEncoder
@@ -28,7 +27,7 @@ from edt_former.language.frozen import (
     write_weights,
 )
 from edt_former.language.manifest import FrozenPart, Manifest
-from edt_former.processor import PatchSets, find_patch_sets, read_all
+from edt_former.processor import PatchSets, pack_with_patches, read_all
 from edt_former.tokens import NextAtomPredictor
 from edt_former.train.molecules import MoleculeBatch
 from edt_former.train.parts import GRAPH_ENCODER, PREDICTOR, read_graph_encoder, read_predictor
@@ -133,11 +132,13 @@ class PropertyModel(nn.Module):
             raise ValueError(
                 "predict_molecules makes no conformers: use predict with prepared data"
             )
-        options = self.connector.patch_options
-        read = read_all(molecules, options=options)
-        motifs = motif_features(read) if self.connector.reads_motifs else None
-        graph = GraphBatch.pack(read, motifs=motifs).to(next(self.head.parameters()).device)
-        return self.predict(graph, find_patch_sets(read, graph, options, self.predictor))
+        features = self.graph_encoder.features
+        read = read_all(molecules, options=self.connector.patch_options, features=features)
+        device = next(self.head.parameters()).device
+        packed = pack_with_patches(
+            read, self.connector, self.predictor, device=device, features=features
+        )
+        return self.predict(*packed)
 
     def _standard(self, targets: Tensor) -> Tensor:
         if self.options.kind == CLASSIFICATION:

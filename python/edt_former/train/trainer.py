@@ -225,8 +225,8 @@ class ConnectorTrainer(Trainer):
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + count * value.float()
         names = sorted(sums)
-        found = torch.stack([sums[name] for name in names]).to(self.args.device)
-        means = (self.accelerator.reduce(found, "sum") / len(self.eval_dataset)).tolist()
+        totals = torch.stack([sums[name] for name in names]).to(self.args.device)
+        means = (self.accelerator.reduce(totals, "sum") / len(self.eval_dataset)).tolist()
         metrics = {f"eval_{name}": mean for name, mean in zip(names, means, strict=True)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(

@@ -19,6 +19,11 @@ FILE = "vocab.txt"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
+def read_pieces(file: Path | str) -> list[str]:
+    """The pieces of a vocabulary, one per line; other line separators are part of a piece."""
+    return Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
 class Words:
     """Lower-cased texts as [CLS] pieces [SEP], and one more word, [DEC], which begins a caption.
 
@@ -47,7 +52,7 @@ class Words:
     @classmethod
     def read(cls, file: Path | str) -> Self:
         """A file with one piece per line, in the order of their ids."""
-        return cls(Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+        return cls(read_pieces(file))
 
     @classmethod
     def learn(cls, texts: Iterable[str], size: int) -> Self:

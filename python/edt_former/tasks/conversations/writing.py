@@ -142,7 +142,7 @@ def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         path.write_bytes(whole)
-    return [json.loads(line) for line in whole.split(b"\n") if line]
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _append(file: TextIO, line: Mapping[str, Any]) -> None:

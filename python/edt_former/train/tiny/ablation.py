@@ -111,8 +111,10 @@ def run_ablation(
         FileNotFoundError: a file is missing, or the package has no models.
         ValueError: the table has no such column; `out` has another run.
     """
-    tested = sum(map(_is_tested, _measured(table, target)[0]))  # before hours of training
-    if not tested:
+    # Before the training on questions.
+    molecules, values = _measured(table, target)
+    tested = np.array([_is_tested(molecule) for molecule in molecules])
+    if not tested.any():
         raise ValueError(f"{table} must have molecules of more scaffolds: none is left to test on")
     out.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -126,7 +128,7 @@ def run_ablation(
     encoder = load_part(make_encoder, folder / "graph_encoder").freeze()
     results = {
         "questions": _questions(out, folder / "language_model", encoder, seeds),
-        target: _property(out, table, target, encoder, seeds),
+        target: _property(out, molecules, values, tested, encoder, seeds),
     }
     plain = {
         task: {name: asdict(result) for name, result in found.items()}
@@ -196,10 +198,13 @@ def told_answers(
 
 
 def _property(
-    out: Path, table: Path, target: str, encoder: GraphEncoder, seeds: int
+    out: Path,
+    molecules: list[Molecule],
+    values: np.ndarray,
+    tested: np.ndarray,
+    encoder: GraphEncoder,
+    seeds: int,
 ) -> dict[str, Result]:
-    molecules, values = _measured(table, target)
-    tested = np.array([_is_tested(molecule) for molecule in molecules])
     facts = np.zeros((len(molecules), len(FACTS)), dtype=np.int8)
     whole = MoleculeTable.of(molecules, facts, values[:, None])
     train = LevelTable(whole.take(np.flatnonzero(~tested)), encoder)
